@@ -1,0 +1,144 @@
+"""What every door shares: argv to a checked configuration, Ray, MLflow's address, exit codes.
+
+A job runs the same way on a laptop (`python -m jobs.X config.yaml`) and inside `ray job submit`: where RAY_ADDRESS
+names a cluster it is used, else a local one is started for the job and stopped with it; so for MLFLOW_TRACKING_URI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from jobs import _stack
+from jobs._process import stop
+from pipeline import config
+from pipeline.config import Strict
+from pipeline.errors import ClusterError, VentralError
+
+STORAGE = "VENTRAL_STORAGE"
+
+class Job(Strict):
+    """Keys that every job has.
+
+    Attributes:
+        data_root: folder that relative dataset folders lie in; default: the environment variable VENTRAL_DATA, then the
+            working directory.
+        storage: folder for everything that is written; default: the environment variable VENTRAL_STORAGE, then
+            `storage` in the working directory. On a cluster it must be reachable from every node.
+    """
+
+    data_root: Path | None = None
+    storage: Path | None = None
+
+    @property
+    def store(self) -> Path:
+        """The absolute storage folder."""
+        return (self.storage or Path(os.environ.get(STORAGE, "storage"))).expanduser().absolute()
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] | None = None) -> int:
+    """Parse argv, do the work, and return the exit code; errors raised on purpose end as one clear message."""
+    module = sys.modules[work.__module__]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {(module.__spec__ and module.__spec__.name) or work.__module__}", description=module.__doc__
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file, for trying things")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    args = parser.parse_args(argv)
+    if args.config and "=" in args.config:  # only overrides were given
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` sends it: clean up as on Ctrl-C
+    try:
+        job = config.load(schema, args.config, args.overrides)
+        if args.dry_run:
+            print(config.dump(job), end="")
+        else:
+            work(job)
+    except VentralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def ray_session(storage: Path, num_cpus: int) -> Iterator[None]:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local head of `num_cpus` and stop it afterwards."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
+    if "RAY_ADDRESS" in os.environ:
+        with _connected():
+            yield
+        return
+    head = _stack.ray_head(storage, num_cpus=num_cpus)
+    try:
+        _stack.attach(head, log_to_driver=True, logging_level=logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()
+        stop(head)
+
+
+@contextmanager
+def tracking_uri(storage: Path) -> Iterator[str]:
+    """The server that MLFLOW_TRACKING_URI names, or a local one on `storage`, stopped afterwards."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        yield uri
+        return
+    server = _stack.mlflow_server(storage)
+    try:
+        yield server.address
+    finally:
+        stop(server)
+
+
+def progress(noun: str) -> Callable[[int, int], None]:
+    """A reporter for library calls that count their work: a line of progress at most once a second, and at the end."""
+    started = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 1 or done == total:
+            rate = done / max(now - started, 1e-9)
+            print(
+                f"{noun} {done}/{total}  {rate:.0f}/s  about {(total - done) / max(rate, 1e-9):.0f} s left", flush=True
+            )
+            last = now
+
+    return report
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        ray.init(logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({reason})"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt

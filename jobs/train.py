@@ -1,0 +1,45 @@
+"""Train a model on shards, evaluate it, register it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+from jobs._run import Job, ray_session, run, tracking_uri
+from pipeline.data import shards
+from pipeline.training import experiment, launch
+
+
+class Train(Job):
+    """One named run; its files go to `storage/runs/<name>`."""
+
+    name: str
+    training: experiment.Config
+
+
+def train(job: Train) -> None:
+    """Do it, and say where the result is."""
+    launch.check_folder(job.store / "runs" / job.name, resume=job.training.resume)
+    shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
+    cluster, reading = job.training.cluster, job.training.recipe.loading
+    num_cpus = math.ceil(cluster.num_workers * (cluster.cpus_per_worker + reading.num_tasks))
+    with tracking_uri(job.store) as uri, ray_session(job.store, num_cpus):
+        outcome = experiment.conduct(job.name, job.training, storage=job.store, uri=uri)
+    for split, report in outcome.reports.items():
+        print(f"{split:8} top-1 {report.metrics['top1']:.4f} of {report.num_images} images")
+    print(f"bundle   {outcome.bundle.path}")
+    print(f"run      {outcome.run_url}")
+    if outcome.version:
+        aliases = ", ".join(outcome.version.aliases)
+        print(f"model    {outcome.version.name} version {outcome.version.version} ({aliases or 'no alias'})")
+    print("seconds  " + "  ".join(f"{stage} {value:.0f}" for stage, value in outcome.seconds.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line: python -m jobs.train jobs/configs/train/lenet5_digits.yaml [key=value ...]."""
+    return run(Train, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

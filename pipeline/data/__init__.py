@@ -1,0 +1,1 @@
+"""From image collections to shards, and from shards to batches."""

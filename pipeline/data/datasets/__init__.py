@@ -1,0 +1,102 @@
+"""One file per dataset or layout; the file name is its name. No pixel is decoded here, and torch is never imported.
+
+A dataset file holds `Config` (a `DatasetConfig` with `name: Literal["<file name>"]`), `class_names(config)` and
+`records(config, split)`. Nothing else needs to be edited: it is imported when its name is asked for, and the contract
+tests pick it up. Where a dataset's images exist only as arrays, `records` first writes them as PNG files, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from pipeline.config import ByName, Strict, nearest
+from pipeline.errors import ConfigError, DataError
+from pipeline.types import Record, Split
+
+DATA_ROOT = "VENTRAL_DATA"
+
+
+class DatasetConfig(Strict):
+    """Keys that every dataset has; each `Config` narrows `name` to its file's name.
+
+    Attributes:
+        root: the dataset's folder. A relative one lies in the job's `data_root`, which is the folder that the
+            environment variable VENTRAL_DATA names unless the configuration does, else the working directory.
+        splits: the parts to read.
+    """
+
+    name: str
+    root: Path | None = None
+    splits: tuple[Split, ...] = ("train", "val")
+
+    def at(self, data_root: Path | None, storage: Path) -> DatasetConfig:
+        """The same configuration with absolute paths: `root` in the data root, what is written in `storage`."""
+        base = data_root or Path(os.environ.get(DATA_ROOT, "."))
+        paths = {"root": None if self.root is None else (base / self.root.expanduser()).absolute()}
+        if isinstance(self, ArraysConfig):
+            paths["png"] = (storage / self.png.expanduser()).absolute()
+        return self.model_copy(update=paths)
+
+
+class ArraysConfig(DatasetConfig):
+    """A dataset whose images exist only as arrays.
+
+    Attributes:
+        png: where they are written as PNG files, once; a relative path lies in the job's `storage`.
+    """
+
+    png: Path
+
+
+def names() -> list[str]:
+    """Every dataset's name, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def config_of(name: str) -> type[DatasetConfig]:
+    """The `Config` of the dataset called `name`."""
+    return cast(type[DatasetConfig], _module(name).Config)
+
+
+def class_names(config: DatasetConfig) -> tuple[str, ...]:
+    """The class names, sorted as text; a label is an index into them."""
+    return cast(tuple[str, ...], _module(config.name).class_names(config))
+
+
+def records(config: DatasetConfig, split: Split) -> Iterator[Record]:
+    """Every labelled image of one split, in a stable order."""
+    return cast(Iterator[Record], _module(config.name).records(config, split))
+
+
+def folder_of(config: DatasetConfig) -> Path:
+    """The dataset's folder, which must exist.
+
+    Raises:
+        ConfigError: `root` is not given.
+        DataError: it is not a folder.
+    """
+    if config.root is None:
+        raise ConfigError(f"dataset '{config.name}': root is missing; give the folder, for example dataset.root=photos")
+    if not config.root.is_dir():
+        raise DataError(
+            f"dataset '{config.name}': {config.root} is not a folder; set dataset.root, data_root or the environment "
+            f"variable {DATA_ROOT}"
+        )
+    return config.root
+
+
+def _module(name: str) -> Any:
+    if name not in names():
+        raise ConfigError(f"unknown dataset '{name}'; {nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+AnyDataset = Annotated[SerializeAsAny[DatasetConfig], BeforeValidator(ByName("dataset", names, config_of))]
+"""A configuration field that takes any dataset by its `name`."""

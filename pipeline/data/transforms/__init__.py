@@ -1,0 +1,1 @@
+"""The only place where preprocessing is decided: one file per task."""

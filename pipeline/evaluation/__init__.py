@@ -1,0 +1,1 @@
+"""Metrics as mergeable counts, and the reports made of them."""

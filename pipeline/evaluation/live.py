@@ -1,0 +1,49 @@
+"""A model in memory against labelled batches: used after every epoch by training, and by `run` on a stored bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from pipeline.batch import Batch
+from pipeline.evaluation.classify import Counts
+from pipeline.models._contract import Classifier
+
+
+def evaluate(
+    model: Classifier,
+    batches: Iterable[Batch],
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+) -> Counts:
+    """Count how `model`, left in evaluation mode, does on the labelled batches of this rank."""
+    model.eval()
+    counts = Counts.empty(num_classes)
+    with torch.inference_mode():
+        for batch in batches:
+            moved = batch.to(device)
+            assert moved.targets is not None
+            with autocast(precision, device):
+                outputs = model(moved)
+                loss = torch.stack(list(model.loss(outputs, moved.targets).values())).sum()
+            scores = model.scores(outputs).cpu().numpy()
+            counts += Counts.of(scores, moved.targets.cpu().numpy(), float(loss) * len(batch))
+    return counts
+
+
+def all_reduce(counts: Counts) -> Counts:
+    """The sum over all ranks of the initialised process group; the counts themselves where there is none."""
+    if not dist.is_initialized():
+        return counts
+    vector = torch.from_numpy(counts.to_vector())
+    vector = vector.to("cuda") if dist.get_backend() == "nccl" else vector
+    dist.all_reduce(vector)
+    return Counts.from_vector(vector.cpu().numpy())
+
+
+def autocast(precision: str, device: torch.device | str) -> torch.autocast:
+    """Run matrix products and convolutions in bfloat16 where `precision` is `bf16`."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")

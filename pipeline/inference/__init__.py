@@ -1,0 +1,1 @@
+"""From a trained model to answers: the bundle on disk and the predictor that reads it."""

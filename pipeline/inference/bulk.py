@@ -1,0 +1,219 @@
+"""[Ray Data] Batch prediction: many images in, Parquet out, in parts that are written whole and never twice.
+
+The inputs, in a fixed order, are cut into parts of equal size. Each part becomes one file; a run that was interrupted
+and is started again makes only the missing ones. `done.json` is written last: without it the folder is not complete.
+A file that is no image keeps its row, with the reason in `error` and no prediction.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from pipeline.data import shards
+from pipeline.errors import DataError, ImageError
+from pipeline.inference.bundle import Bundle
+from pipeline.inference.predictor import Predictor
+from pipeline.types import Split
+
+PLAN, DONE = "plan.json", "done.json"
+BATCH = 32  # images per forward pass
+
+OUTPUT = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("class_name", pa.string()),
+        ("score", pa.float32()),
+        ("top_class_names", pa.list_(pa.string())),
+        ("top_scores", pa.list_(pa.float32())),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is to be predicted, in order: paths of images, or shards with the number of their first row each."""
+
+    ids: tuple[str, ...] = ()
+    shards: tuple[tuple[str, int], ...] = ()
+    num_images: int = 0
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ImageError]]:
+        """Ids and bytes of the images `start` to `stop`."""
+        for path in self.ids[start:stop]:
+            yield path, _read_file(path)
+        ends = [first for _, first in self.shards[1:]] + [self.num_images]
+        for (path, first), end in zip(self.shards, ends, strict=True):
+            if first < stop and start < end:
+                yield from _read_shard(Path(path), max(start - first, 0), min(stop, end) - first)
+
+
+def from_folder(folder: Path) -> Inputs:
+    """Every file below a folder, hidden ones left out, by path."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give one that holds images")
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return _of_files(sorted(str(path) for path in files), str(folder))
+
+
+def from_shards(source: shards.Shards, split: Split) -> Inputs:
+    """Every row of a split."""
+    files = source.manifest.of(split)
+    starts = np.cumsum([0, *(shard.num_rows for shard in files)]).tolist()
+    located = tuple((str(source.path / shard.name), start) for shard, start in zip(files, starts[:-1], strict=True))
+    return Inputs(shards=located, num_images=starts[-1])
+
+
+def from_list(path: Path) -> Inputs:
+    """Paths from the column `uri` of a Parquet or CSV file, or the lines of a text file."""
+    try:
+        if path.suffix == ".parquet":
+            uris = pq.read_table(path, columns=["uri"]).column("uri").to_pylist()
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                uris = [row["uri"] for row in csv.DictReader(file)]
+        else:
+            uris = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"{path}: expected a list of image paths (column 'uri', or one a line): {error}") from None
+    return _of_files(uris, str(path))
+
+
+def predict(
+    bundle: Bundle,
+    inputs: Inputs,
+    destination: Path,
+    *,
+    top_k: int = 5,
+    images_per_part: int = 1024,
+    num_workers: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Predict all inputs on an initialised Ray; parts that exist already are kept.
+
+    Raises:
+        DataError: `destination` was begun with other inputs, another model or other settings.
+    """
+    _claim(destination, bundle, inputs, top_k, images_per_part)
+    bounds = [*range(0, inputs.num_images, images_per_part), inputs.num_images]
+    parts = [(number, *span) for number, span in enumerate(pairwise(bounds))]
+    missing = [part for part in parts if not _part(destination, part[0]).exists()]
+    done = inputs.num_images - sum(stop - start for _, start, stop in missing)
+    if missing:
+        tasks = ray.data.from_items(
+            [{"number": number, "start": start, "stop": stop} for number, start, stop in missing],
+            override_num_blocks=len(missing),
+        )
+        finished = tasks.map(
+            _Worker,
+            fn_constructor_args=(bundle, inputs, destination, top_k),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(missing))),
+        )
+        for row in finished.iter_rows():
+            done += row["stop"] - row["start"]
+            progress(done, inputs.num_images)
+    (destination / DONE).write_text(json.dumps({"num_images": inputs.num_images, "num_parts": len(parts)}) + "\n")
+    return destination
+
+
+class _Worker:
+    """An actor that holds the model and makes parts."""
+
+    def __init__(self, bundle: Bundle, inputs: Inputs, destination: Path, top_k: int) -> None:
+        self.predictor = Predictor(bundle)
+        self.inputs = inputs
+        self.destination = destination
+        self.top_k = top_k
+
+    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
+        rows = [row for batch in self._batches(part["start"], part["stop"]) for row in self._predict(batch)]
+        path = _part(self.destination, part["number"])
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist(rows, schema=OUTPUT), partial)
+        partial.rename(path)
+        return part
+
+    def _batches(self, start: int, stop: int) -> Iterator[list[tuple[str, bytes | ImageError]]]:
+        for at in range(start, stop, BATCH):
+            yield list(self.inputs.read(at, min(at + BATCH, stop)))
+
+    def _predict(self, batch: list[tuple[str, bytes | ImageError]]) -> Iterator[dict[str, Any]]:
+        answers = iter(self.predictor.predict([data for _, data in batch if not isinstance(data, ImageError)]))
+        for image_id, data in batch:
+            answer = data if isinstance(data, ImageError) else next(answers)
+            if isinstance(answer, ImageError):
+                yield {"image_id": image_id, "error": str(answer)}
+                continue
+            names = [self.predictor.classes[label] for label in answer.labels[: self.top_k]]
+            scores = answer.scores[: self.top_k].tolist()
+            yield {
+                "image_id": image_id,
+                "class_name": names[0],
+                "score": scores[0],
+                "top_class_names": names,
+                "top_scores": scores,
+            }
+
+
+def _claim(destination: Path, bundle: Bundle, inputs: Inputs, top_k: int, images_per_part: int) -> None:
+    """Make the folder, or check that it was begun for the same work."""
+    listing = hashlib.sha256(json.dumps([inputs.ids, inputs.shards, inputs.num_images]).encode()).hexdigest()
+    plan = {
+        "inputs_sha256": listing,
+        "weights_sha256": bundle.card.weights_sha256,
+        "top_k": top_k,
+        "images_per_part": images_per_part,
+    }
+    path = destination / PLAN
+    if not path.exists():
+        destination.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan, indent=2) + "\n")
+        return
+    begun = json.loads(path.read_text())
+    changed = [key for key, value in plan.items() if begun.get(key) != value]
+    if changed:
+        raise DataError(f"{destination}: was begun with other {', '.join(changed)}; choose another folder or delete it")
+
+
+def _of_files(paths: list[str], where: str) -> Inputs:
+    if not paths:
+        raise DataError(f"{where}: names no image")
+    return Inputs(ids=tuple(paths), num_images=len(paths))
+
+
+def _part(destination: Path, number: int) -> Path:
+    return destination / f"part-{number:05d}.parquet"
+
+
+def _read_file(path: str) -> bytes | ImageError:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        return ImageError("unreadable", f"cannot be read ({error.strerror})")
+
+
+def _read_shard(path: Path, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+    """Rows `start` to `stop` of a shard."""
+    with pq.ParquetFile(path, memory_map=True) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            if first < stop and start < end:
+                table = file.read_row_group(group, columns=["image_id", "image"])
+                rows = table.slice(max(start - first, 0), min(stop, end) - max(start, first))
+                for image_id, image in zip(rows.column("image_id"), rows.column("image"), strict=True):
+                    yield image_id.as_py(), image.as_py()
+            first = end

@@ -1,0 +1,132 @@
+"""The artefact: a folder with everything needed to use a model, and nothing that is executed when it is read.
+
+`weights.safetensors` holds the tensors, `model.json` the card: which architecture of this project, its configuration
+(with the `InputSpec`), the class names, how images are decoded, the checksum of the weights, and where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline import models
+from pipeline.config import Strict
+from pipeline.errors import BundleError
+from pipeline.imaging import Decoding
+from pipeline.models._contract import Classifier, ClassifierConfig
+
+WEIGHTS = "weights.safetensors"
+CARD = "model.json"
+
+
+class Card(Strict):
+    """What `model.json` says.
+
+    Attributes:
+        classes: class names; a label is an index into them.
+        metrics: figures by name (`val/top1`, ...), as measured when the bundle was made.
+        provenance: where it came from: commit, dataset digest, run, versions.
+    """
+
+    schema_version: Literal[1] = 1
+    task: Literal["classification"] = "classification"
+    model: models.AnyModel
+    classes: tuple[str, ...]
+    decoding: Decoding = Decoding()
+    weights_sha256: str
+    metrics: dict[str, float] = Field(default={})
+    provenance: dict[str, str] = Field(default={})
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked bundle on disk."""
+
+    path: Path
+    card: Card
+
+    def build(self, device: torch.device | str = "cpu") -> Classifier:
+        """The model with its weights, in evaluation mode on `device`.
+
+        Raises:
+            BundleError: the weights do not fit the architecture.
+        """
+        model = models.build(self.card.model)
+        try:
+            model.load_state_dict(load_file(self.path / WEIGHTS))
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(
+                f"{self.path / WEIGHTS}: the weights do not fit {self.card.model.name}: {reason}"
+            ) from None
+        return model.to(device).eval()
+
+
+def save(
+    path: Path,
+    model: Classifier,
+    config: ClassifierConfig,
+    *,
+    classes: tuple[str, ...],
+    decoding: Decoding | None = None,
+    metrics: dict[str, float] | None = None,
+    provenance: dict[str, str] | None = None,
+) -> Bundle:
+    """Write a bundle; it appears under `path` whole or not at all, replacing a bundle that was there."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, partial / WEIGHTS)
+    card = Card(
+        model=config,
+        classes=classes,
+        decoding=decoding or Decoding(),
+        weights_sha256=sha256_file(partial / WEIGHTS),
+        metrics=metrics or {},
+        provenance=provenance or {},
+    )
+    (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    return Bundle(path, card)
+
+
+def load(path: Path) -> Bundle:
+    """Read and check a bundle.
+
+    Raises:
+        BundleError: it is missing, of another version, or its weights are not the ones the card vouches for.
+    """
+    try:
+        card = Card.model_validate_json((path / CARD).read_text(), strict=True)
+    except OSError:
+        raise BundleError(f"{path}: expected a bundle with {CARD} and {WEIGHTS}, found no readable {CARD}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path / CARD}: not a card this version reads: {where}: {first['msg']}") from None
+    if not (path / WEIGHTS).is_file():
+        raise BundleError(f"{path}: {WEIGHTS} is missing; copy or download the bundle again")
+    found = sha256_file(path / WEIGHTS)
+    if found != card.weights_sha256:
+        raise BundleError(
+            f"{path / WEIGHTS}: sha256 differs from {CARD} (expected {card.weights_sha256[:12]}, got {found[:12]}); "
+            "copy or download the bundle again"
+        )
+    return Bundle(path, card)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""MLflow: runs, the registry, and the code that MLflow itself loads to serve a bundle."""

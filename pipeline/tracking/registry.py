@@ -1,0 +1,285 @@
+"""The registry: bundles under a name, numbered versions of it, and aliases such as `champion` that move between them.
+
+A version holds the bundle and, around it, what `mlflow models serve` needs (`pipeline.tracking.pyfunc` and a copy of
+the library's lower rooms). We ourselves only ever take the bundle back: `fetch` downloads no code and runs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+import mlflow.pyfunc
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+
+import pipeline
+from pipeline.config import nearest
+from pipeline.errors import BundleError, ConfigError, TrackingError
+from pipeline.inference import bundle
+from pipeline.inference.bundle import Bundle
+from pipeline.tracking import connection
+from pipeline.tracking.runs import DIGEST_CHARS, Run
+
+CHAMPION = "champion"
+DIGEST_TAG = "bundle_sha256"
+MODEL_CODE = Path(__file__).with_name("pyfunc.py")
+ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__")
+"""Rooms that the predictor cannot need, for they stand above it; they are not copied into a version."""
+
+REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow", "simplejpeg", "pydantic", "pyyaml", "safetensors")
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    outputs=Schema([ColSpec(Array(DataType.string), "labels"), ColSpec(Array(DataType.double), "scores")]),
+    params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ALIAS = re.compile(r"(?!(\d+|v\d+|latest)$)[a-z0-9][a-z0-9_-]*", re.IGNORECASE)  # MLflow itself takes digits
+_REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One registered version of a model.
+
+    Attributes:
+        version: its number, as text.
+        run_id: the run that made it.
+        source: where MLflow keeps it, for people.
+        digest: sha256 over the bundle's files, as registered.
+        aliases: those that pointed to it when it was asked for, sorted.
+    """
+
+    name: str
+    version: str
+    run_id: str
+    source: str
+    digest: str
+    aliases: tuple[str, ...] = ()
+
+
+def publish(run: Run, made: Bundle, name: str) -> Version:
+    """Register a bundle as the next version of `name`, with its figures; no alias moves.
+
+    The version's tags carry the checksums and the card's provenance. If the provenance names a `dataset` and its
+    `dataset_digest`, the figures are tied to them, so that MLflow can rank models on exactly one evaluation set.
+
+    Raises:
+        ConfigError: the name does not suit.
+        TrackingError: the server does not answer, or refuses. No version exists then.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"model name '{name}': expected letters, digits, '.', '_' or '-', beginning with the former")
+    connection.check(run.uri)
+    tags = {"weights_sha256": made.card.weights_sha256, DIGEST_TAG: digest(made.path), **made.card.provenance}
+    with connection.answers(run.uri) as client:
+        logged = client.create_logged_model(run.experiment_id, name, run.id, tags, model_type=made.card.task)
+        try:
+            _upload(client, logged.model_id, run.id, made)
+            _log_metrics(client, logged.model_id, run.id, made)
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
+            raise
+        client.finalize_logged_model(logged.model_id, "READY")
+        _create_model(client, name)
+        source = f"models:/{logged.model_id}"
+        return _version(
+            client.create_model_version(name, source, run.id, tags, await_creation_for=0, model_id=logged.model_id)
+        )
+
+
+def promote(uri: str, name: str, version: str, alias: str = CHAMPION) -> Version:
+    """Point an alias of `name` to a version; whoever resolves it from now on gets that one.
+
+    Raises:
+        ConfigError: the alias could be mistaken for a version.
+        TrackingError: there is no such version, or the server does not answer.
+    """
+    if not _ALIAS.fullmatch(alias):
+        raise ConfigError(
+            f"alias '{alias}': expected letters, digits, '_' or '-', and no number, 'v1' or 'latest', "
+            "which read like versions"
+        )
+    found = resolve(uri, f"{name}/{version}")
+    with connection.answers(uri) as client:
+        client.set_registered_model_alias(name, alias, found.version)
+    return resolve(uri, f"{name}/{version}")
+
+
+def resolve(uri: str, reference: str) -> Version:
+    """The version that `name@alias` or `name/3` means now, with or without `models:/` before it.
+
+    Raises:
+        ConfigError: the reference is of neither form.
+        TrackingError: there is no such model, alias or version (the message names those that exist), or the server does
+            not answer.
+    """
+    parts = _REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise ConfigError(f"model reference '{reference}': expected name@alias or name/3")
+    name, alias, version = parts["name"], parts["alias"], parts["version"]
+    connection.check(uri)
+    with connection.answers(uri) as client:
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        except MlflowException as error:
+            if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                raise
+            raise TrackingError(f"{uri}: {_missing(client, name, alias, version)}") from None
+        return _version(found)
+
+
+def fetch(uri: str, version: Version, destination: Path) -> Bundle:
+    """The bundle of a version, under `destination/<name>/<version>`, where it stays for the next call.
+
+    Only the bundle's own files are downloaded. They appear whole or not at all, also when several processes fetch the
+    same version. A copy that is whole needs no server.
+
+    Raises:
+        BundleError: what was stored is not what was registered.
+        TrackingError: the server does not answer, or the version holds no bundle.
+    """
+    if not (_NAME.fullmatch(version.name) and version.version.isdigit()):
+        raise ConfigError(f"'{version.name}' version '{version.version}' cannot be a folder's name")
+    path = destination / version.name / version.version
+    if path.is_dir() and digest(path) == version.digest:
+        return bundle.load(path)
+    connection.check(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as partial:
+        downloaded = _download(uri, version, Path(partial))
+        _replace(path, downloaded, version.digest)
+    return bundle.load(path)
+
+
+def digest(path: Path) -> str:
+    """Sha256 over the names and contents of a bundle's files."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{bundle.sha256_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:
+    """Store the bundle as an MLflow model: what `log_model` does, without its global state."""
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Path(temporary)
+        room = Path(pipeline.__file__).parent
+        shutil.copytree(room, staging / "pipeline", ignore=shutil.ignore_patterns(*ABOVE))
+        shutil.copytree(made.path, staging / "bundle")
+        shutil.copy(MODEL_CODE, staging)
+        with _quiet():
+            mlflow.pyfunc.save_model(
+                staging / "model",
+                python_model=staging / MODEL_CODE.name,
+                code_paths=[str(staging / "pipeline")],
+                artifacts={"bundle": str(staging / "bundle")},
+                signature=SIGNATURE,
+                pip_requirements=_requirements(),
+                model_config={"device": "cpu"},
+                mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
+            )
+        for cache in (staging / "model").rglob("__pycache__"):
+            shutil.rmtree(cache)
+        client.log_model_artifacts(model_id, str(staging / "model"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence MLflow's advice about input examples and pip's version: both are left out on purpose."""
+    logger = logging.getLogger("mlflow.utils.environment")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"mlflow\.pyfunc")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _requirements() -> list[str]:
+    # Without a local part such as +cpu, which no index knows.
+    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in REQUIREMENTS]
+
+
+def _log_metrics(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:
+    dataset, content = made.card.provenance.get("dataset"), made.card.provenance.get("dataset_digest")
+    known = (dataset, content[:DIGEST_CHARS]) if dataset and content else (None, None)
+    now_ms = time.time_ns() // 1_000_000
+    metrics = [Metric(key, value, now_ms, 0, model_id, *known, run_id) for key, value in made.card.metrics.items()]
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    client.log_batch(run_id, metrics=metrics)
+
+
+def _create_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version(found: Any) -> Version:
+    tags: Mapping[str, str] = found.tags
+    aliases = tuple(sorted(found.aliases))
+    return Version(found.name, str(found.version), found.run_id or "", found.source, tags.get(DIGEST_TAG, ""), aliases)
+
+
+def _missing(client: MlflowClient, name: str, alias: str | None, version: str | None) -> str:
+    """Say which part of a reference does not exist, and what does."""
+    names = sorted(model.name for model in client.search_registered_models(max_results=1000))
+    if name not in names:
+        return f"no model '{name}' is registered; {nearest(name, names) if names else 'none is'}"
+    if alias is not None:
+        known = sorted(client.get_registered_model(name).aliases)
+        return f"model '{name}' has no alias '{alias}'; {nearest(alias, known) if known else 'it has none'}"
+    versions = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+    return f"model '{name}' has no version {version}; it has: {', '.join(map(str, versions)) or 'none'}"
+
+
+def _download(uri: str, version: Version, folder: Path) -> Path:
+    """Download a version's bundle into `folder` and compare it with what was registered."""
+    where = f"{uri}: {version.name}/{version.version}"
+    if not version.digest:
+        raise TrackingError(f"{where} was not registered by this project: it has no tag {DIGEST_TAG}")
+    with connection.answers(uri) as client:
+        stored = client.get_model_version_download_uri(version.name, version.version)
+        mlflow.artifacts.download_artifacts(
+            f"{stored}/artifacts/bundle", dst_path=str(folder), tracking_uri=uri, registry_uri=uri
+        )
+    downloaded = folder / "bundle"
+    found = digest(downloaded)
+    if found != version.digest:
+        raise BundleError(
+            f"{where}: the stored bundle is not the registered one (expected sha256 {version.digest[:12]}, got "
+            f"{found[:12]}); register the model again"
+        )
+    return downloaded
+
+
+def _replace(path: Path, source: Path, expected: str) -> None:
+    """Move a whole bundle to `path`, over a damaged one; another process may have been first."""
+    try:
+        source.rename(path)
+    except OSError:
+        if digest(path) == expected:
+            return
+        shutil.rmtree(path)
+        source.rename(path)

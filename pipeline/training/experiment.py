@@ -1,0 +1,127 @@
+"""A whole training run: train, evaluate, register, and write it all down in MLflow as it ends, well or badly."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline import provenance
+from pipeline.config import Strict, dump, flatten
+from pipeline.data import shards
+from pipeline.evaluation import run as evaluation
+from pipeline.evaluation.report import Report
+from pipeline.inference.bundle import Bundle
+from pipeline.tracking import registry, runs
+from pipeline.training import launch
+from pipeline.training.loop import Recipe
+from pipeline.types import Split
+
+log = logging.getLogger("ventral.training")
+
+
+class Registration(Strict):
+    """Under which name a finished model is registered, and which alias moves to it (None: none moves)."""
+
+    model: str
+    alias: str | None = registry.CHAMPION
+
+
+class Config(Strict):
+    """What one run does.
+
+    Attributes:
+        shards: the dataset; a relative path lies in the job's `storage`.
+        evaluate: splits that the finished model is measured on.
+        register: None leaves the registry alone.
+        resume: go on from the newest checkpoint of a run of this name.
+    """
+
+    shards: Path
+    recipe: Recipe
+    cluster: launch.Cluster = launch.Cluster()
+    evaluate: tuple[Split, ...] = ("val",)
+    tracking: runs.Config
+    register_as: Registration | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind, and how long its stages took."""
+
+    bundle: Bundle
+    reports: dict[Split, Report]
+    run_url: str
+    version: registry.Version | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
+    """Do the whole run on an initialised Ray, against the MLflow server at `uri`.
+
+    Raises:
+        VentralError: whatever went wrong; the MLflow run has ended as FAILED or KILLED.
+    """
+    source = shards.load(storage / config.shards)
+    folder = storage / "runs" / name
+    launch.check_folder(folder, resume=config.resume)
+    for split in {"train", "val", *config.evaluate}:
+        shards.check(source, split)
+    tracking = config.tracking.model_copy(update={"run_name": config.tracking.run_name or name})
+    tags = {"dataset_digest": source.manifest.digest, "seed": str(config.recipe.seed)}
+    seconds: dict[str, float] = {}
+    with runs.start(uri, tracking, params=flatten(config), tags=tags) as run:
+        log.info("MLflow run %s", run.url)
+        run.log_text("config.yaml", dump(config))
+        for split in ("train", *config.evaluate):
+            run.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), split)
+        with _timed(seconds, "train"):
+            bundle = launch.train(
+                folder, source, config.recipe, config.cluster, provenance=_facts(source, run), tracking=(uri, run.id)
+            )
+        with _timed(seconds, "evaluate"):
+            reports = {split: _evaluate(bundle, source, split, folder, run) for split in config.evaluate}
+        with _timed(seconds, "register"):
+            version = _register(run, bundle, config.register_as)
+    return Outcome(bundle, reports, run.url, version, seconds)
+
+
+def _evaluate(bundle: Bundle, source: shards.Shards, split: Split, folder: Path, run: runs.Run) -> Report:
+    report = evaluation.evaluate(bundle, source, split)
+    report.write(folder / f"report-{split}.json")
+    run.log_file(folder / f"report-{split}.json")
+    run.log_metrics({f"final/{split}/{name}": value for name, value in report.metrics.items()}, step=0)
+    for name, figure in report.figures().items():
+        run.log_figure(f"figures/{split}-{name}", figure)
+    log.info("%s: %s", split, "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items()))
+    return report
+
+
+def _register(run: runs.Run, bundle: Bundle, registration: Registration | None) -> registry.Version | None:
+    if registration is None:
+        return None
+    version = registry.publish(run, bundle, registration.model)
+    if registration.alias is None:
+        return version
+    return registry.promote(run.uri, version.name, version.version, registration.alias)
+
+
+def _facts(source: shards.Shards, run: runs.Run) -> dict[str, str]:
+    """What the bundle will say of its origin."""
+    return {
+        "commit": provenance.commit(),
+        "run_id": run.id,
+        "dataset": source.manifest.dataset,
+        "dataset_digest": source.manifest.digest,
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - started

@@ -1,0 +1,116 @@
+"""[Ray Train] Starts the workers of a run and waits for their result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import ray.train
+import ray.train.torch
+from pydantic import Field
+
+from pipeline.config import Strict, parse
+from pipeline.data import shards
+from pipeline.errors import ConfigError, ModelError, VentralError
+from pipeline.inference.bundle import Bundle, load
+from pipeline.models._contract import ClassifierConfig
+from pipeline.training import checkpoint
+from pipeline.training.loop import Recipe
+from pipeline.training.worker import Assignment, work
+
+
+class Cluster(Strict):
+    """How many workers train, and what each is given.
+
+    Attributes:
+        gpu: one GPU for each worker (nccl); without, CPUs only (gloo).
+        max_failures: how often lost workers are replaced; training goes on from the newest checkpoint.
+    """
+
+    num_workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpu: bool = False
+    max_failures: int = Field(default=1, ge=0)
+
+
+def train(
+    folder: Path,
+    source: shards.Shards,
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    provenance: dict[str, str] | None = None,
+    tracking: tuple[str, str] | None = None,
+) -> Bundle:
+    """Train on an initialised Ray, from the newest checkpoint in `folder` if there is one, and return the bundle.
+
+    Args:
+        folder: of this run, on storage that every worker reaches: checkpoints and bundle.
+        tracking: MLflow's address and the run's id.
+
+    Raises:
+        VentralError: what a worker raised.
+    """
+    assignment = Assignment(
+        folder.absolute(), source.path.absolute(), recipe, fitted(recipe.model, source), provenance or {}, tracking
+    )
+    trainer = ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.absolute() / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _own_cause(error) from error
+    finally:
+        shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray's own bookkeeping; ours is in checkpoints
+    return load(folder / "bundle")
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse to continue by accident, and to continue what is not there.
+
+    Raises:
+        ConfigError: `folder` holds a run and `resume` is not set, or the reverse.
+    """
+    if resume and checkpoint.latest(folder / "checkpoints") is None:
+        raise ConfigError(f"{folder}: holds no checkpoint to resume from; leave resume out to start anew")
+    if not resume and folder.exists():
+        raise ConfigError(f"{folder}: holds an earlier run; choose another name, delete it, or set resume=true")
+
+
+def fitted(model: ClassifierConfig, source: shards.Shards) -> ClassifierConfig:
+    """The model's configuration with the number of classes of the shards.
+
+    Raises:
+        ConfigError: it names another number.
+    """
+    num_classes = len(source.manifest.classes)
+    if "num_classes" in model.model_fields_set and model.num_classes != num_classes:
+        raise ConfigError(
+            f"model.num_classes is {model.num_classes}, but {source.path} holds {num_classes} classes; leave it out"
+        )
+    return parse(type(model), model.model_dump(mode="json") | {"num_classes": num_classes}, f"model for {source.path}")
+
+
+def _own_cause(error: BaseException) -> VentralError:
+    """The first error that our code raised in a worker; of an unknown one, its type and message."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, VentralError):
+                return cause
+            cause = cause.__cause__ or getattr(cause, "cause", None)
+    first = next(iter(failures.values()), error)
+    return ModelError(f"training failed: {type(first).__name__}: {first}")

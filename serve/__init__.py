@@ -1,0 +1,1 @@
+"""Ray Serve: registered models as HTTP endpoints."""
