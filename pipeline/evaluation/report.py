@@ -93,6 +93,7 @@ class Report(Strict):
         ranked = sorted(self.per_class(), key=lambda entry: entry.recall)[:40]
         figure = matplotlib.figure.Figure(figsize=(7, 1 + 0.25 * len(ranked)), layout="constrained")
         axes = figure.subplots()
-        axes.barh([entry.class_name for entry in ranked], [entry.recall for entry in ranked])
+        axes.barh(range(len(ranked)), [entry.recall for entry in ranked])
+        axes.set_yticks(range(len(ranked)), [entry.class_name for entry in ranked])
         axes.set(xlabel="recall", xlim=(0, 1), title=f"{self.split}: weakest classes")
         return figure

@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,6 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
-import pipeline
 from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
@@ -40,6 +39,7 @@ from pipeline.tracking.runs import DIGEST_CHARS, Run
 CHAMPION = "champion"
 DIGEST_TAG = "bundle_sha256"
 MODEL_CODE = Path(__file__).with_name("pyfunc.py")
+LIBRARY = Path(__file__).resolve().parents[1]
 ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__")
 """Rooms that the predictor cannot need, for they stand above it; they are not copied into a version."""
 
@@ -88,14 +88,15 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name '{name}': expected letters, digits, '.', '_' or '-', beginning with the former")
     connection.check(run.uri)
-    tags = {"weights_sha256": made.card.weights_sha256, DIGEST_TAG: digest(made.path), **made.card.provenance}
+    tags = {**made.card.provenance, "weights_sha256": made.card.weights_sha256, DIGEST_TAG: digest(made.path)}
     with connection.answers(run.uri) as client:
         logged = client.create_logged_model(run.experiment_id, name, run.id, tags, model_type=made.card.task)
         try:
             _upload(client, logged.model_id, run.id, made)
             _log_metrics(client, logged.model_id, run.id, made)
         except BaseException:
-            client.finalize_logged_model(logged.model_id, "FAILED")
+            with suppress(MlflowException):  # the server may be what failed
+                client.finalize_logged_model(logged.model_id, "FAILED")
             raise
         client.finalize_logged_model(logged.model_id, "READY")
         _create_model(client, name)
@@ -180,8 +181,7 @@ def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> N
     """Store the bundle as an MLflow model: what `log_model` does, without its global state."""
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
-        room = Path(pipeline.__file__).parent
-        shutil.copytree(room, staging / "pipeline", ignore=shutil.ignore_patterns(*ABOVE))
+        shutil.copytree(LIBRARY, staging / "pipeline", ignore=shutil.ignore_patterns(*ABOVE))
         shutil.copytree(made.path, staging / "bundle")
         shutil.copy(MODEL_CODE, staging)
         with _quiet():

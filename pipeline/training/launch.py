@@ -65,6 +65,7 @@ def train(
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.absolute() / "ray"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
     )

@@ -30,7 +30,9 @@ from pipeline.data.transforms.classify import Augment
 from pipeline.errors import ModelError
 from pipeline.evaluation.live import all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
-from pipeline.training import checkpoint, optim
+from pipeline.training import checkpoint
+from pipeline.training.optim import Config as Optim
+from pipeline.training.optim import build_optimizer, learning_rate
 
 
 class Recipe(Strict):
@@ -45,7 +47,7 @@ class Recipe(Strict):
     model: models.AnyModel
     loading: Loading = Loading()
     augment: Augment = Augment()
-    optim: optim.Config = optim.Config()
+    optim: Optim = Optim()
     epochs: int = Field(default=10, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -84,7 +86,7 @@ def fit(
         ModelError: the loss is not finite; the checkpoints before it remain.
     """
     model.to(device)
-    optimizer = optim.build(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim)
     state = _resume(model, optimizer, checkpoints, device)
     net = DistributedDataParallel(model) if _world_size() > 1 else model
     for epoch in range(state["epoch"], recipe.epochs):
@@ -122,7 +124,7 @@ def _train_epoch(
         asked = time.monotonic()
         batch = next(batches).to(device)
         waited += time.monotonic() - asked
-        lr = optim.learning_rate(recipe.optim, epoch * steps + step, steps, recipe.epochs)
+        lr = learning_rate(recipe.optim, epoch * steps + step, steps, recipe.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
         total += _step(net, model, batch, recipe, optimizer)

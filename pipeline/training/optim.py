@@ -34,7 +34,7 @@ class Config(Strict):
     clip_norm: float | None = Field(default=None, gt=0)
 
 
-def build(model: nn.Module, config: Config) -> torch.optim.SGD:
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
     """The optimiser, with two groups of parameters: those that decay, and biases and scales that do not."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     free = [parameter for parameter in model.parameters() if parameter.ndim <= 1]

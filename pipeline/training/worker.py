@@ -44,6 +44,7 @@ def work(config: dict[str, Assignment]) -> dict[str, float]:
     """Train on this worker; rank 0 writes the bundle and returns the last epoch's metrics."""
     assignment, context = config["assignment"], ray.train.get_context()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # one pipeline per epoch, each with its own announcement
     rank, world_size = context.get_world_rank(), context.get_world_size()
     recipe, source = assignment.recipe, shards.load(assignment.shards)
     device = ray.train.torch.get_device()

@@ -122,7 +122,7 @@ def test_decode_format_that_is_not_allowed_is_refused_by_name() -> None:
         (b"\x89PNG\r\n\x1a\n", "truncated"),
         (b"RIFF\x04\0\0\0WEBP", "truncated"),
         (b"GIF89a", "truncated"),
-        (b"BM", "corrupt"),
+        (b"BM", "truncated"),
         (b"II*\0", "truncated"),
     ],
 )
@@ -389,12 +389,11 @@ def test_decoding_impossible_policy_is_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_decode_truncated_image_is_refused(format: str, share: float) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+def test_decode_truncated_image_is_refused_wherever_it_ends(format: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
     data = saved(noise, format)
-    reason = reason_of(data[: int(len(data) * share)])
-    assert reason in ({"truncated"} if format in {"JPEG", "PNG", "WEBP"} else {"truncated", "corrupt"})
+    ends = [*range(12, 60), *range(60, len(data) - 2, 7), len(data) - 3]  # the first 12 bytes make the format
+    assert {reason_of(data[:end]) for end in ends} == {"truncated"}
 
 
 def test_decode_truncated_jpeg_with_an_end_marker_is_refused() -> None:

@@ -1,0 +1,113 @@
+"""Puts an application on Ray Serve, by its import path as text, and waits until it answers.
+
+It speaks to the head's dashboard, as `serve deploy` does: what is deployed stays when the job ends, and applications
+that the configuration leaves out are removed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from jobs._process import LOOPBACK, Service, answers, claim
+from pipeline.errors import ClusterError
+
+CONFIG = Path(__file__).parents[1] / "serve" / "config.yaml"
+_POLL_S = 0.25
+_REQUEST_S = 60
+_FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
+_RAISED = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception)): ", re.MULTILINE)
+
+
+def application(model: str, alias: str | None, registry: str, storage: Path) -> dict[str, Any]:
+    """The configuration of `serve/config.yaml`, for one registered model."""
+    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    args = config["applications"][0]["args"]
+    args["models"] = [args["models"][0] | {"name": model, "alias": alias}]
+    args |= {"registry": registry, "cache": str(storage / "bundles")}
+    return config
+
+
+def deploy(head: Service, config: Mapping[str, Any], *, port: int | None = None, timeout_s: float = 180.0) -> str:
+    """Bring Serve on `head` to what `config` says (see `serve/config.yaml`) and return the endpoint's URL.
+
+    Serve listens on loopback, on `port` or a free one; a Serve that runs already keeps its port.
+
+    Raises:
+        ClusterError: the port is taken, or an application did not come up; the message holds the reason.
+    """
+    wanted = copy.deepcopy(dict(config))
+    running = _details(head)
+    if not running.get("http_options"):
+        options = dict(wanted.get("http_options") or {})
+        wanted["http_options"] = options | {"host": LOOPBACK, "port": claim(port, "Ray Serve")}
+    else:
+        wanted["http_options"] = running["http_options"]
+    _call(head, "PUT", wanted)
+    _wait_running(head, [app["name"] for app in wanted["applications"]], timeout_s)
+    options = _details(head)["http_options"]
+    return f"http://{options['host']}:{options['port']}"
+
+
+def undeploy(head: Service) -> None:
+    """Remove every application and end Serve on `head`."""
+    _call(head, "DELETE")
+
+
+def replicas(head: Service, application: str, deployment: str) -> int:
+    """How many replicas of a deployment run."""
+    found = _details(head).get("applications", {}).get(application, {}).get("deployments", {}).get(deployment, {})
+    return sum(replica["state"] == "RUNNING" for replica in found.get("replicas", []))
+
+
+def _wait_running(head: Service, names: list[str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        applications = _details(head).get("applications", {})
+        states = {name: applications.get(name, {}).get("status", "NOT_STARTED") for name in names}
+        for name in names:
+            if states[name] in _FAILED:
+                raise ClusterError(f"application '{name}' did not come up: {_reason(applications[name])}")
+        if all(state == "RUNNING" for state in states.values()):
+            return
+        if time.monotonic() > deadline:
+            slow = ", ".join(f"{name} is {state}" for name, state in states.items())
+            raise ClusterError(f"not deployed within {timeout_s:.0f} s: {slow}; does the cluster have enough CPUs?")
+        time.sleep(_POLL_S)
+
+
+def _reason(application: Mapping[str, Any]) -> str:
+    """The error that was raised on the cluster, without its trace; else what Serve says."""
+    messages = [application.get("message", "")]
+    messages += [deployment.get("message", "") for deployment in application.get("deployments", {}).values()]
+    for message in messages:
+        raised = list(_RAISED.finditer(message))
+        if raised:
+            return " ".join(message[raised[-1].end() :].split())
+    return " ".join(" ".join(messages).split())
+
+
+def _details(head: Service) -> dict[str, Any]:
+    found = _call(head, "GET").json()
+    return found if isinstance(found, dict) else {}
+
+
+def _call(head: Service, method: str, body: Any = None) -> requests.Response:
+    url = f"{head.dashboard}/api/serve/applications/"
+    token = head.env.get("RAY_AUTH_TOKEN_PATH")
+    headers = {"Authorization": f"Bearer {Path(token).read_text()}"} if token else {}
+    try:
+        response = requests.request(method, url, json=body, headers=headers, timeout=_REQUEST_S)
+    except requests.RequestException as error:
+        state = "answers, but too slowly" if answers(f"{head.dashboard}/api/gcs_healthz") else "does not answer"
+        raise ClusterError(f"the Ray head at {head.dashboard} {state} ({type(error).__name__})") from None
+    if not response.ok:
+        raise ClusterError(f"Ray Serve refused the configuration: {' '.join(response.text.split())[:500]}")
+    return response

@@ -1,0 +1,59 @@
+"""Serve a registered model on this machine, until Ctrl-C or, with keep=true, until `python -m jobs.down`.
+
+On a cluster, use Ray Serve's own `serve deploy serve/config.yaml`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from jobs import _deploy
+from jobs._run import Job, run
+from jobs._stack import Stack
+from pipeline.errors import ClusterError
+
+
+class Deploy(Job):
+    """What is served, and how long.
+
+    Attributes:
+        port: of the endpoint; None takes a free one.
+        num_cpus: logical CPUs of the local Ray; replicas share them.
+    """
+
+    model: str
+    alias: str = "champion"
+    port: int | None = Field(default=None, ge=1, le=65535)
+    num_cpus: int = 4
+    keep: bool = False
+
+
+def deploy(job: Deploy) -> None:
+    """Start MLflow, Ray and the endpoint, and say where it is."""
+    if Stack.kept(job.store):
+        raise ClusterError(f"{job.store}: a stack is up already; python -m jobs.down stops it (or make down)")
+    with Stack(job.store) as stack:
+        registry = stack.mlflow().address
+        head = stack.ray(num_cpus=job.num_cpus)
+        config = _deploy.application(job.model, job.alias, registry, job.store)
+        endpoint = _deploy.deploy(head, config, port=job.port)
+        print(f"endpoint {endpoint}/predict/{job.model}")
+        print(f"try      curl --data-binary @IMAGE {endpoint}/predict/{job.model}", flush=True)
+        if job.keep:
+            stack.keep()
+        else:
+            print("serving until Ctrl-C", flush=True)
+            signal.pause()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line: python -m jobs.deploy model=digits [port=8000]."""
+    return run(Deploy, deploy, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The two kinds of replicas: `Endpoint` speaks HTTP, `Replica` holds one version of one model.
+
+A replica decodes in a few threads and computes in one, so its event loop is free to take requests and answer health
+checks. Decoding comes before batching: what is not an image never reaches its neighbours' batch. How replicas are
+bound together and how many there are is decided in `serve.app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import ray.serve
+import torch
+from fastapi import FastAPI
+
+from pipeline.batch import Batch, to_batch
+from pipeline.errors import ImageError
+from pipeline.inference import bundle
+from pipeline.inference.predictor import Predictor
+from pipeline.types import Classification, Sample
+from serve import ingress
+from serve.schemas import Limits, ModelArgs, Ranked, Refused, Served
+
+
+@dataclass(frozen=True, slots=True)
+class _Inferred:
+    """One image's place in a batch that was computed; times in seconds of the monotonic clock."""
+
+    answer: Classification
+    began_s: float
+    ended_s: float
+
+
+class Endpoint:
+    """The ingress deployment: `serve.ingress` over Ray's handles."""
+
+    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any]) -> None:
+        self.served = served
+        self.limits = limits
+        self.handles = handles
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application, made where it runs."""
+        return ingress.application(self.served, self.limits, self)
+
+    async def predict(self, name: str, data: bytes, top_k: int) -> Ranked | Refused:
+        """Ask a replica of the model."""
+        return cast(Ranked | Refused, await self.handles[name].predict.remote(data, top_k))
+
+    async def ready(self, name: str) -> bool:
+        """Whether a replica of the model answers."""
+        return cast(bool, await self.handles[name].ready.remote())
+
+
+class Replica:
+    """One version of one model."""
+
+    def __init__(self, served: Served, args: ModelArgs) -> None:
+        torch.set_num_threads(max(1, int(args.num_cpus)))
+        self.predictor = Predictor(bundle.load(served.bundle), "cuda" if args.num_gpus else "cpu")
+        self.decoders = ThreadPoolExecutor(args.decoders, "decode")
+        self.engine = ThreadPoolExecutor(1, "infer")
+        join = ray.serve.batch(max_batch_size=args.batch.max_size, batch_wait_timeout_s=args.batch.wait_ms / 1000)
+        self.join = join(self._infer)
+        self._warm_up(args.batch.max_size)
+
+    async def ready(self) -> bool:
+        """Answer at all: the model is loaded before any request is taken."""
+        return True
+
+    async def predict(self, data: bytes, top_k: int) -> Ranked | Refused:
+        """Rank the classes of an encoded image, the best `top_k` of them."""
+        loop = asyncio.get_running_loop()
+        start_s = time.perf_counter()
+        try:
+            sample = await loop.run_in_executor(self.decoders, self.predictor.decode, data)
+        except ImageError as error:
+            return Refused(error.reason, str(error))
+        decoded_s = time.perf_counter()
+        done: _Inferred = await self.join(sample)
+        labels = done.answer.labels[:top_k].tolist()
+        return Ranked(
+            labels=tuple(labels),
+            class_names=tuple(self.predictor.classes[label] for label in labels),
+            scores=tuple(done.answer.scores[:top_k].tolist()),
+            decode_ms=_ms(start_s, decoded_s),
+            queue_ms=_ms(decoded_s, done.began_s),
+            infer_ms=_ms(done.began_s, done.ended_s),
+        )
+
+    async def _infer(self, samples: list[Sample]) -> list[_Inferred]:
+        return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, samples)
+
+    def _compute(self, samples: list[Sample]) -> list[_Inferred]:
+        began_s = time.perf_counter()
+        answers = self.predictor.predict_batch(to_batch(samples))
+        return list(map(partial(_Inferred, began_s=began_s, ended_s=time.perf_counter()), answers))
+
+    def _warm_up(self, max_size: int) -> None:
+        """Compute once with one image and once with a full batch, so that the first request waits for nothing."""
+        spec = self.predictor.model.spec
+        for size in (1, max_size):
+            images = torch.zeros(size, spec.num_channels, *spec.size_hw, dtype=torch.uint8)
+            self.engine.submit(self.predictor.predict_batch, Batch(images)).result()
+
+
+def _ms(start_s: float, end_s: float) -> float:
+    return round((end_s - start_s) * 1000, 3)

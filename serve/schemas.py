@@ -1,0 +1,195 @@
+"""The words of the endpoint: what the application is told (`AppArgs`) and what it answers.
+
+Every amount has a bound. What the answers look like when something is wrong is said in `serve.problems`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from pipeline.config import Strict
+
+MIB = 2**20
+
+
+class Batching(Strict):
+    """How one replica joins requests into batches, counted in images.
+
+    Attributes:
+        max_size: images per forward pass.
+        wait_ms: how long the first image waits for others. Little is enough: while one batch is computed the next one
+            gathers.
+    """
+
+    max_size: int = Field(default=16, ge=1, le=1024)
+    wait_ms: float = Field(default=1.0, ge=0, le=1000)
+
+
+class Autoscaling(Strict):
+    """How many replicas a model gets.
+
+    Attributes:
+        target_ongoing_requests: requests a replica should have in hand, waiting ones included; None: two batches.
+        upscale_delay_s: how long more must be asked for before replicas are added.
+        downscale_delay_s: how long less must be asked for before replicas are taken away.
+        look_back_s: the window that requests are averaged over.
+    """
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float | None = Field(default=None, gt=0)
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    look_back_s: float = Field(default=15.0, gt=0)
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is smaller than min_replicas {self.min_replicas}")
+        return self
+
+
+class ModelArgs(Strict):
+    """One model behind the endpoint.
+
+    Attributes:
+        name: its name in the path, and in the registry.
+        alias: which registered version is served; resolved once, before anything is deployed.
+        bundle: a bundle's folder instead of the registry, the same on every node.
+        max_queued: requests that may wait for a replica; further ones are refused with 429.
+        num_cpus: CPUs, and threads, of a replica.
+        num_gpus: GPUs of a replica; with any, the model runs there.
+        decoders: threads of a replica that decode images.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    alias: str = "champion"
+    bundle: Path | None = None
+    batch: Batching = Batching()
+    autoscaling: Autoscaling = Autoscaling()
+    max_queued: int = Field(default=256, ge=1)
+    num_cpus: float = Field(default=1.0, gt=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    decoders: int = Field(default=2, ge=1, le=64)
+
+
+class Limits(Strict):
+    """What one request, and all of them together, may take of an ingress replica.
+
+    Attributes:
+        max_body_bytes: size of an encoded image.
+        max_inflight: requests in hand at once; with `max_body_bytes` it bounds the memory that bodies take.
+        body_s: time for the body to arrive.
+        answer_s: time from the whole body to the answer.
+    """
+
+    max_body_bytes: int = Field(default=10 * MIB, ge=1, le=64 * MIB)
+    max_inflight: int = Field(default=256, ge=1)
+    body_s: float = Field(default=10.0, gt=0)
+    answer_s: float = Field(default=30.0, gt=0)
+
+
+class AppArgs(Strict):
+    """The application's arguments in `config.yaml`.
+
+    Attributes:
+        registry: MLflow's address; None: the environment's MLFLOW_TRACKING_URI.
+        cache: where registered bundles are kept; every node must see this folder.
+        ingress_replicas: processes that speak HTTP.
+        ingress_cpus: CPUs that each of them reserves.
+    """
+
+    models: tuple[ModelArgs, ...] = Field(min_length=1)
+    registry: str | None = None
+    cache: Path = Path("storage/bundles")
+    limits: Limits = Limits()
+    ingress_replicas: int = Field(default=1, ge=1)
+    ingress_cpus: float = Field(default=0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two models are called {', '.join(twice)}; each name may be served once")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model whose version is settled, as the ingress knows it.
+
+    Attributes:
+        version: the registered version, or the beginning of the weights' checksum for a bundle from a folder.
+        alias: what it was resolved from; None for a bundle from a folder.
+        bundle: its folder.
+    """
+
+    name: str
+    version: str
+    alias: str | None
+    bundle: Path
+    num_classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A replica's answer about one image: the first classes, best first, and where the time went."""
+
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    scores: tuple[float, ...]
+    decode_ms: float
+    queue_ms: float
+    infer_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A replica's answer about bytes that are not an image it accepts; `reason` as in `ImageError`."""
+
+    reason: str
+    message: str
+
+
+class ModelOut(BaseModel):
+    """Which model answered."""
+
+    name: str
+    version: str
+    alias: str | None
+
+
+class Prediction(BaseModel):
+    """One class; `score` is in [0, 1]."""
+
+    label: int
+    class_name: str
+    score: float
+
+
+class Timing(BaseModel):
+    """Milliseconds spent on this image: decoding it, waiting for its batch, in its batch's forward pass."""
+
+    decode: float
+    queue: float
+    infer: float
+
+
+class Answer(BaseModel):
+    """What `POST /predict/{model}` answers: the best classes first."""
+
+    model: ModelOut
+    request_id: str
+    predictions: list[Prediction]
+    timing_ms: Timing
+
+
+class ModelList(BaseModel):
+    """What `GET /models` answers."""
+
+    models: list[ModelOut]
