@@ -22,6 +22,7 @@ from pipeline.errors import ClusterError
 CONFIG = Path(__file__).parents[1] / "serve" / "config.yaml"
 _POLL_S = 0.25
 _REQUEST_S = 60
+_PUT_ATTEMPTS = 3
 _FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
 _RAISED = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception)): ", re.MULTILINE)
 
@@ -50,7 +51,7 @@ def deploy(head: Service, config: Mapping[str, Any], *, port: int | None = None,
         wanted["http_options"] = options | {"host": LOOPBACK, "port": claim(port, "Ray Serve")}
     else:
         wanted["http_options"] = running["http_options"]
-    _call(head, "PUT", wanted)
+    _put(head, wanted)
     _wait_running(head, [app["name"] for app in wanted["applications"]], timeout_s)
     options = _details(head)["http_options"]
     return f"http://{options['host']}:{options['port']}"
@@ -65,6 +66,18 @@ def replicas(head: Service, application: str, deployment: str) -> int:
     """How many replicas of a deployment run."""
     found = _details(head).get("applications", {}).get(application, {}).get("deployments", {}).get(deployment, {})
     return sum(replica["state"] == "RUNNING" for replica in found.get("replicas", []))
+
+
+def _put(head: Service, wanted: Mapping[str, Any]) -> None:
+    """Hand over the configuration, once more if need be: a head that has just started can be too busy for Serve."""
+    for attempt in range(_PUT_ATTEMPTS):
+        try:
+            _call(head, "PUT", wanted)
+        except ClusterError:
+            if attempt == _PUT_ATTEMPTS - 1:
+                raise
+        else:
+            return
 
 
 def _wait_running(head: Service, names: list[str], timeout_s: float) -> None:
@@ -84,14 +97,16 @@ def _wait_running(head: Service, names: list[str], timeout_s: float) -> None:
 
 
 def _reason(application: Mapping[str, Any]) -> str:
-    """The error that was raised on the cluster, without its trace; else what Serve says."""
-    messages = [application.get("message", "")]
-    messages += [deployment.get("message", "") for deployment in application.get("deployments", {}).values()]
-    for message in messages:
-        raised = list(_RAISED.finditer(message))
-        if raised:
-            return " ".join(message[raised[-1].end() :].split())
-    return " ".join(" ".join(messages).split())
+    """The error that was raised on the cluster; else what Serve says."""
+    deployments = application.get("deployments", {}).values()
+    messages = [application.get("message", ""), *(deployment.get("message", "") for deployment in deployments)]
+    return next((_raised(message) for message in messages if _RAISED.search(message)), " ".join(messages))
+
+
+def _raised(text: str) -> str:
+    """The sentence of the last exception in a trace, in one line; the text itself where there is no trace."""
+    found = list(_RAISED.finditer(text))
+    return " ".join((text[found[-1].start() :] if found else text).split())
 
 
 def _details(head: Service) -> dict[str, Any]:
@@ -109,5 +124,5 @@ def _call(head: Service, method: str, body: Any = None) -> requests.Response:
         state = "answers, but too slowly" if answers(f"{head.dashboard}/api/gcs_healthz") else "does not answer"
         raise ClusterError(f"the Ray head at {head.dashboard} {state} ({type(error).__name__})") from None
     if not response.ok:
-        raise ClusterError(f"Ray Serve refused the configuration: {' '.join(response.text.split())[:500]}")
+        raise ClusterError(f"Ray Serve refused the configuration: {_raised(response.text)}")
     return response

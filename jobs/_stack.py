@@ -216,12 +216,13 @@ def attach(head: Service, **options: Any) -> None:
 
 
 def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str], timeout_s: float) -> Service:
-    scratch = Path(tempfile.mkdtemp(prefix="ventral-", dir="/tmp"))  # its sockets' paths must stay under 108 bytes
+    # Short, for the sockets' paths must stay under 108 bytes; Ray opens its own folder in it to everyone.
+    scratch = Path(tempfile.mkdtemp(prefix="ventral-", dir="/tmp"))
     ports = dict(zip(RAY_PORTS, free_ports(len(RAY_PORTS)), strict=True))
     options = {
         "node-ip-address": LOOPBACK,
         "dashboard-host": LOOPBACK,
-        "temp-dir": scratch,
+        "temp-dir": scratch / "r",
         "min-worker-port": 0,  # the system chooses, so that two heads never fight over one range
         "max-worker-port": 0,
         **asked,

@@ -13,7 +13,8 @@ from ray.serve.config import AutoscalingConfig
 
 from pipeline import config
 from serve import reconciler
-from serve.deployments import Endpoint, Replica
+from serve.deployments import Replica
+from serve.ingress import Endpoint
 from serve.schemas import AppArgs, Autoscaling, ModelArgs, Served
 
 INGRESS = "ingress"

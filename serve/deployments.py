@@ -1,4 +1,4 @@
-"""The two kinds of replicas: `Endpoint` speaks HTTP, `Replica` holds one version of one model.
+"""The replicas that compute: each holds one version of one model.
 
 A replica decodes in a few threads and computes in one, so its event loop is free to take requests and answer health
 checks. Decoding comes before batching: what is not an image never reaches its neighbours' batch. How replicas are
@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
 import ray.serve
 import torch
-from fastapi import FastAPI
 
 from pipeline.batch import Batch, to_batch
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Classification, Sample
-from serve import ingress
-from serve.schemas import Limits, ModelArgs, Ranked, Refused, Served
+from serve.schemas import ModelArgs, Ranked, Refused, Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +31,6 @@ class _Inferred:
     answer: Classification
     began_s: float
     ended_s: float
-
-
-class Endpoint:
-    """The ingress deployment: `serve.ingress` over Ray's handles."""
-
-    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any]) -> None:
-        self.served = served
-        self.limits = limits
-        self.handles = handles
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application, made where it runs."""
-        return ingress.application(self.served, self.limits, self)
-
-    async def predict(self, name: str, data: bytes, top_k: int) -> Ranked | Refused:
-        """Ask a replica of the model."""
-        return cast(Ranked | Refused, await self.handles[name].predict.remote(data, top_k))
-
-    async def ready(self, name: str) -> bool:
-        """Whether a replica of the model answers."""
-        return cast(bool, await self.handles[name].ready.remote())
 
 
 class Replica:

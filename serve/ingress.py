@@ -1,7 +1,8 @@
 """HTTP in, HTTP out: reads one image per request under limits, asks a model, and says what it answered.
 
-It holds no model and decodes nothing: it knows the names and versions that are served and a way to ask them, so it
-stands on any ASGI server. The replicas that it asks are in `serve.deployments`.
+It holds no model and decodes nothing: it knows the names and versions that are served and a way to ask them, so
+`application` stands on any ASGI server, and `Endpoint` is what Ray Serve makes of it. Neither imports torch. The
+replicas that are asked are in `serve.deployments`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -48,6 +49,27 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     body = {"requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string"}}}}}
     app.post("/predict/{model}", response_model=Answer, openapi_extra=body)(ingress.predict)
     return app
+
+
+class Endpoint:
+    """The ingress deployment: the application over Ray's handles."""
+
+    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any]) -> None:
+        self.served = served
+        self.limits = limits
+        self.handles = handles
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application, made where it runs."""
+        return application(self.served, self.limits, self)
+
+    async def predict(self, name: str, data: bytes, top_k: int) -> Ranked | Refused:
+        """Ask a replica of the model."""
+        return cast(Ranked | Refused, await self.handles[name].predict.remote(data, top_k))
+
+    async def ready(self, name: str) -> bool:
+        """Whether a replica of the model answers."""
+        return cast(bool, await self.handles[name].ready.remote())
 
 
 class Ingress:

@@ -103,7 +103,7 @@ class AppArgs(Strict):
         ingress_cpus: CPUs that each of them reserves.
     """
 
-    models: tuple[ModelArgs, ...] = Field(min_length=1)
+    models: tuple[ModelArgs, ...]
     registry: str | None = None
     cache: Path = Path("storage/bundles")
     limits: Limits = Limits()
@@ -111,7 +111,9 @@ class AppArgs(Strict):
     ingress_cpus: float = Field(default=0.5, ge=0)
 
     @model_validator(mode="after")
-    def _names_once(self) -> Self:
+    def _each_name_once(self) -> Self:
+        if not self.models:
+            raise ValueError("models: expected at least one, got none")
         names = [model.name for model in self.models]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

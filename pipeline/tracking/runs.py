@@ -54,12 +54,12 @@ class Config(Strict):
 class Run:
     """The handle of one MLflow run; it can be sent to another process.
 
+    Every method raises `TrackingError` when the server does not answer or refuses.
+
     Attributes:
         uri: address of the server.
         id: of the run.
         experiment_id: of its experiment.
-
-    Every method raises `TrackingError` when the server does not answer or refuses.
     """
 
     uri: str

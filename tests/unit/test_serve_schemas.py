@@ -41,7 +41,7 @@ def test_args_of_the_committed_config_are_valid() -> None:
         ({"name": "a", "batch": {"max_size": 0}}, r"models\.0\.batch\.max_size: .*greater than or equal to 1, got 0"),
         ({"name": "a", "batch": {"max_size": "16"}}, r"models\.0\.batch\.max_size: .*integer"),
         ({"name": "a", "autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "max_replicas 2 is smaller"),
-        ({"name": "a", "autoscaling": {"max_replica": 2}}, "unknown key; did you mean 'max_replicas'"),
+        ({"name": "a", "autoscaling": {"max_replica": 2}}, r"models\.0\.autoscaling\.max_replica: unknown key"),
         ({"name": "a", "num_cpus": -1}, r"models\.0\.num_cpus"),
     ],
 )
