@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ LOOPBACK = "127.0.0.1"
 PORTS = range(20000, 32000)  # below the systems' ephemeral ports, which outgoing connections take at random
 POLL_S = 0.1
 KILL_WAIT_S = 5.0
+_ERROR = re.compile(r"(error|exception)\S*:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ def answers(url: str) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that names an error; else the last that says anything."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
-    return next((line for line in reversed(lines) if line), f"nothing in {log}")
+    errors = [line for line in lines if _ERROR.search(line)]
+    return next((line for line in reversed(errors or lines) if line), "it wrote nothing")
 
 
 def stop(service: Service, timeout_s: float = 10.0) -> None:

@@ -1,0 +1,54 @@
+# One word per habit; `make help` lists them. Everything happens in .venv and storage/.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+
+.PHONY: help install quickstart up down test test-quick lint types format lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
+
+install: $(BIN)/.installed  ## make .venv with the pinned packages
+
+$(BIN)/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(RUN) pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+quickstart: install  ## the whole road on handwritten digits: preprocess, train, track, register, serve, predict
+	@$(RUN) jobs.quickstart jobs/configs/quickstart/digits.yaml
+
+up: install  ## the same, and leave MLflow, Ray and the endpoint running
+	@$(RUN) jobs.quickstart jobs/configs/quickstart/digits.yaml keep=true
+
+down: install  ## stop what `make up` left running
+	@$(RUN) jobs.down
+
+test: install  ## everything that CI runs: style, types, architecture, all tests
+	$(MAKE) --no-print-directory lint types
+	$(BIN)/pytest
+
+test-quick: install  ## the tests that need no Ray and no server
+	$(BIN)/pytest tests/unit tests/contract tests/house
+
+lint: install  ## style, spelling, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+types: install  ## mypy --strict
+	$(BIN)/mypy
+
+format: install  ## write the style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:  ## pin what is installed now
+	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > requirements.lock
+
+clean:  ## remove everything that is made: .venv, storage, caches
+	rm -rf .venv storage build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
