@@ -36,7 +36,7 @@ def application(model: str, alias: str | None, registry: str, storage: Path) -> 
     return config
 
 
-def deploy(head: Service, config: Mapping[str, Any], *, port: int | None = None, timeout_s: float = 180.0) -> str:
+def deploy(head: Service, config: Mapping[str, Any], *, port: int | None = None, timeout_s: float = 300.0) -> str:
     """Bring Serve on `head` to what `config` says (see `serve/config.yaml`) and return the endpoint's URL.
 
     Serve listens on loopback, on `port` or a free one; a Serve that runs already keeps its port.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import ray.data
 
 from jobs import _stack
 from jobs._process import Service, stop
@@ -106,7 +107,7 @@ def ray_session(storage: Path, num_cpus: int) -> Iterator[None]:
 @contextmanager
 def connected_to(head: Service) -> Iterator[None]:
     """Use a local head for a while; what workers log is shown here."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
+    _quieten_ray_data()
     try:
         _stack.attach(head, log_to_driver=True, logging_level=logging.ERROR)
         yield
@@ -153,7 +154,7 @@ def progress(noun: str) -> Callable[[int, int], None]:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
+    _quieten_ray_data()
     try:
         ray.init(logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
@@ -165,6 +166,12 @@ def _connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _quieten_ray_data() -> None:
+    """Our own lines tell the progress."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def _interrupt(signum: int, frame: Any) -> None:

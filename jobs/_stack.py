@@ -34,6 +34,7 @@ RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader costs seconds per epoch on a small machine
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often a report is collected; 2 s by default
+    "RAY_JOB_STOP_WAIT_TIME_S": "30",  # for a stopped job to end its run and clean up; 3 s by default
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(80 * 2**20),  # 4 MiB by default; a body is 64 at most
@@ -230,7 +231,10 @@ def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str]
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *_options(options)]
     client = {**LOCAL_ONLY, **_token(scratch)}
-    whole = {**os.environ, **RAY_ENV, **_serve_ports(scratch), **client, **env}
+    path = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # a job's `python` is this one
+    )
+    whole = {**os.environ, "PATH": path, **RAY_ENV, **_serve_ports(scratch), **client, **env}
     whole.pop("RAY_ADDRESS", None)
     log = (storage / "logs" / "ray.log").resolve()
     dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"

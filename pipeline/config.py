@@ -188,6 +188,8 @@ def _schema_of_field(schema: Any, part: int | str, node: Any) -> Any:
         if isinstance(chooser, ByName) and isinstance(node, dict):
             return chooser.schema_of(node["name"])
     for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-        if hasattr(candidate, "__dataclass_fields__") or (isinstance(candidate, type) and issubclass(candidate, BaseModel)):
+        if hasattr(candidate, "__dataclass_fields__") or (
+            isinstance(candidate, type) and issubclass(candidate, BaseModel)
+        ):
             return candidate
     return None

@@ -54,11 +54,11 @@ class Config(Strict):
     rows_per_group: int = Field(default=128, ge=1)
     max_reject_share: float = Field(default=0.01, ge=0, le=1)
     decoding: imaging.Decoding = imaging.Decoding()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """One shard to make."""
 
     path: Path
@@ -112,7 +112,7 @@ def ingest(
     return shards.Shards(destination, manifest)
 
 
-def make_shard(task: _Task, config: Config) -> dict[str, Any]:
+def make_shard(task: Task, config: Config) -> dict[str, Any]:
     """Read, check and store the images of one shard; a pure function of the files and the configuration."""
     columns: dict[str, list[Any]] = {name: [] for name in shards.SCHEMA.names}
     rejects: list[dict[str, Any]] = []
@@ -157,15 +157,15 @@ def _row(record: Record, config: Config) -> dict[str, Any]:
     }
 
 
-def _plan(records: list[Record], split: Split, folder: Path, config: Config) -> Iterator[_Task]:
+def _plan(records: list[Record], split: Split, folder: Path, config: Config) -> Iterator[Task]:
     """Shuffle by seed and cut into shards."""
     order = np.random.default_rng([config.seed, *split.encode()]).permutation(len(records))
     for number, start in enumerate(range(0, len(records), config.rows_per_shard)):
         chosen = tuple(records[index] for index in order[start : start + config.rows_per_shard])
-        yield _Task(folder / f"{split}-{number:05d}.parquet", split, chosen)
+        yield Task(folder / f"{split}-{number:05d}.parquet", split, chosen)
 
 
-def _run(tasks: list[_Task], config: Config, progress: Progress) -> list[dict[str, Any]]:
+def _run(tasks: list[Task], config: Config, progress: Progress) -> list[dict[str, Any]]:
     """Make the shards as Ray tasks; results come in any order and are returned in the order of the tasks."""
     import ray.data  # noqa: PLC0415  (so that make_shard runs in a plain Python shell)
 

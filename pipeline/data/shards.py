@@ -119,7 +119,7 @@ def load(path: Path) -> Shards:
         DataError: there is none, or it is not one of this version.
     """
     try:
-        return Shards(path, Manifest.model_validate_json((path / MANIFEST).read_text(), strict=True))
+        return Shards(path, Manifest.model_validate_json((path / MANIFEST).read_bytes(), strict=True))
     except OSError:
         raise DataError(f"{path}: expected a dataset with {MANIFEST}, found none; run jobs.preprocess first") from None
     except ValidationError as error:

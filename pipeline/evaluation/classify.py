@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.errors import DataError
 from pipeline.types import Float32Array, Int64Array
 
 TOP_K = 5
@@ -48,7 +49,13 @@ class Counts:
         return int(self.confusion.sum())
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy, mean recall over the classes that occur, and mean loss in nats."""
+        """Top-1 and top-5 accuracy, mean recall over the classes that occur, and mean loss in nats.
+
+        Raises:
+            DataError: nothing has been counted.
+        """
+        if self.num_images == 0:
+            raise DataError("expected at least one labelled image to measure, got none; check the split's shards")
         per_class = self.confusion.sum(axis=1)
         seen = per_class > 0
         return {

@@ -108,7 +108,7 @@ def load(path: Path) -> Bundle:
         BundleError: it is missing, of another version, or its weights are not the ones the card vouches for.
     """
     try:
-        card = Card.model_validate_json((path / CARD).read_text(), strict=True)
+        card = Card.model_validate_json((path / CARD).read_bytes(), strict=True)
     except OSError:
         raise BundleError(f"{path}: expected a bundle with {CARD} and {WEIGHTS}, found no readable {CARD}") from None
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import requests
 
@@ -40,18 +41,36 @@ class Client:
             response = self.session.post(
                 f"{self.url}/predict/{model}", params={"top_k": top_k}, data=image, timeout=self.timeout_s
             )
-            answer = response.json()
         except requests.RequestException as error:
             raise ClusterError(f"{self.url}: the endpoint does not answer ({type(error).__name__})") from None
+        answer = _json(response)
         if not response.ok:
             kind = DataError if response.status_code < 500 else ClusterError
-            raise kind(f"{self.url}: {response.status_code}: {answer.get('error', 'no reason given')}")
-        rows = answer["predictions"]
-        return Ranked(
-            model=answer["model"]["name"],
-            version=answer["model"]["version"],
-            labels=tuple(row["label"] for row in rows),
-            class_names=tuple(row["class_name"] for row in rows),
-            scores=tuple(row["score"] for row in rows),
-            request_id=answer["request_id"],
-        )
+            raise kind(
+                f"{self.url}: {response.status_code}: {answer.get('error') or response.text[:200] or 'no reason'}"
+            )
+        try:
+            return _ranked(answer)
+        except (KeyError, TypeError):
+            raise ClusterError(f"{self.url}: the answer is not one of Ventral's; check the address") from None
+
+
+def _json(response: requests.Response) -> dict[str, Any]:
+    """The body, or nothing where it is no JSON object: what refuses in front of the application says so in text."""
+    try:
+        answer = response.json()
+    except requests.JSONDecodeError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _ranked(answer: dict[str, Any]) -> Ranked:
+    rows = answer["predictions"]
+    return Ranked(
+        model=answer["model"]["name"],
+        version=answer["model"]["version"],
+        labels=tuple(row["label"] for row in rows),
+        class_names=tuple(row["class_name"] for row in rows),
+        scores=tuple(row["score"] for row in rows),
+        request_id=answer["request_id"],
+    )

@@ -96,11 +96,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise BundleError(
             f"{path}: expected a state dict or safetensors: {' '.join(str(error).split())[:200]}"
         ) from None
-    state = state.get("state_dict", state)
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise BundleError(
-            f"{path}: expected a state dict of tensors, got {type(next(iter(state.values()))).__name__} in it"
-        )
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise BundleError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise BundleError(f"{path}: expected a state dict of tensors, got {type(value).__name__} under {name!r}")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
@@ -127,6 +128,6 @@ def _class_names(config: Config, data_root: Path) -> tuple[str, ...]:
         return config.classes
     path = data_root / config.classes_file
     try:
-        return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the class names ({error.strerror})") from None
+        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the class names ({error})") from None

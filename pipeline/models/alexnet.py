@@ -94,7 +94,8 @@ class Config(ClassifierConfig):
         norm: `lrn` after conv1 and conv2, `batch` after every convolution (which then has no bias), or `none`. Default:
             `lrn` for two towers, `none` for one.
         within_map_norm: the second normalisation after conv2. Default: with two towers and `lrn`.
-        init: `torch` (its defaults), `paper` (point 6 of the module) or `kaiming` (normal, fan-in, biases 0). Default:
+        init: `torch` (its defaults), `paper` (point 6 of the module) or `kaiming` (normal, fan-out; full
+            layers N(0, 0.01); biases 0). Default:
             `paper` for two towers, `torch` for one.
         fc_features: width of the two hidden full layers.
         input: at least 63 pixels a side (64 with two towers; 35 and 36 without overlap), in 1 or 3 channels. Sizes
@@ -233,10 +234,11 @@ def _init_paper(network: AlexNet) -> None:
 
 
 def _init_kaiming(network: AlexNet, kind: Activation) -> None:
-    *hidden, output = _weighted(network)
-    for layer in hidden:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity=kind)
-    nn.init.kaiming_normal_(output.weight, nonlinearity="linear")
-    for layer in (*hidden, output):
+    """Convolutions as He et al. 2015, fan-out; full layers N(0, 0.01), else the untrained loss is far above log(C)."""
+    for layer in _weighted(network):
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity=kind)
+        else:
+            nn.init.normal_(layer.weight, std=0.01)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.errors import DataError
 
-NAME = re.compile(r"epoch-(\d{4})\.pt")
+NAME = re.compile(r"epoch-(\d{4,})\.pt")
 
 
 def save(folder: Path, epoch: int, state: dict[str, Any], keep: int = 2) -> Path:
@@ -53,4 +53,5 @@ def load(path: Path, device: torch.device | str) -> dict[str, Any]:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("epoch-*.pt") if NAME.fullmatch(path.name))
+    found = [(int(match[1]), path) for path in folder.glob("epoch-*.pt") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]

@@ -41,6 +41,7 @@ class Recipe(Strict):
     Attributes:
         precision: `bf16` runs the network under autocast to bfloat16, `fp32` does not.
         label_smoothing: share of each target spread evenly over all classes (Szegedy et al. 2016, section 7).
+        channels_last: keep images as [B, H, W, C] in memory, which convolutions of many channels like better.
         keep_best: end with the weights of the epoch of best validation top-1, not with the last ones.
     """
 
@@ -51,6 +52,7 @@ class Recipe(Strict):
     epochs: int = Field(default=10, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
     keep_best: bool = False
     seed: int = Field(default=0, ge=0)
 
@@ -85,7 +87,7 @@ def fit(
     Raises:
         ModelError: the loss is not finite; the checkpoints before it remain.
     """
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     optimizer = build_optimizer(model, recipe.optim)
     state = _resume(model, optimizer, checkpoints, device)
     net = DistributedDataParallel(model) if _world_size() > 1 else model
@@ -129,13 +131,13 @@ def _train_epoch(
             group["lr"] = lr
         total += _step(net, model, batch, recipe, optimizer)
     seconds = time.monotonic() - started
-    loss = float(total) / steps
+    loss = _mean_over_ranks(float(total) / steps)  # before the check: all ranks must raise together
     if not math.isfinite(loss):
         raise ModelError(
             f"the training loss became {loss} in epoch {epoch + 1}; take a smaller optim.lr or a longer warm-up"
         )
     return {
-        "train/loss": _mean_over_ranks(loss),
+        "train/loss": loss,
         "lr": lr,
         "images_per_s": steps * loader.config.batch_size * _world_size() / seconds,
         "data_wait_share": waited / seconds,

@@ -6,6 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray.train
 import ray.train.torch
@@ -16,8 +17,10 @@ from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.inference import bundle
 from pipeline.models._contract import ClassifierConfig
-from pipeline.tracking import runs
 from pipeline.training.loop import Epoch, Recipe, fit
+
+if TYPE_CHECKING:
+    from pipeline.tracking.runs import Run
 
 log = logging.getLogger("ventral.training")
 
@@ -59,7 +62,7 @@ def work(config: dict[str, Assignment]) -> dict[str, float]:
         rank=rank,
         world_size=world_size,
     )
-    run = runs.attach(*assignment.tracking) if assignment.tracking and rank == 0 else None
+    run = _attach(*assignment.tracking) if assignment.tracking and rank == 0 else None
     last: dict[str, float] = {}
 
     def observe(epoch: Epoch) -> None:
@@ -81,6 +84,12 @@ def work(config: dict[str, Assignment]) -> dict[str, float]:
             provenance=assignment.provenance | {"dataset_digest": source.manifest.digest},
         )
     return last
+
+
+def _attach(uri: str, run_id: str) -> Run:
+    from pipeline.tracking import runs  # noqa: PLC0415  (MLflow takes seconds to import, and only rank 0 needs it)
+
+    return runs.attach(uri, run_id)
 
 
 def describe(epoch: Epoch) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_readme_names_only_what_exists() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "pipeline" / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
     words = text.replace("`", " ").replace(",", " ").split()
-    for command, name in zip(words, words[1:], strict=False):
+    for command, name in itertools.pairwise(words):
         if command == "make" and name.isalpha() and name in {"quickstart", "up", "down", "test", "help", "lock"}:
             assert f"\n{name}:" in makefile, name
         if command == "-m" and name.startswith("jobs."):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -11,8 +10,6 @@ import pickle
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +28,6 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
-from jobs import _process
 from jobs._process import Service
 from pipeline import models, provenance
 from pipeline.errors import BundleError, ConfigError, TrackingError
@@ -501,78 +497,3 @@ def test_fetch_version_of_another_tool_is_refused(
     version = registry.resolve(mlflow_server.address, "foreign/1")
     with pytest.raises(TrackingError, match="was not registered by this project"):
         registry.fetch(mlflow_server.address, version, tmp_path)
-
-
-# ---- MLflow's own scoring server
-
-
-@pytest.fixture(scope="module")
-def scoring(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("scoring")  # not the checkout: the code must come with the model
-    (port,) = _process.free_ports(1)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow calls uvicorn by name
-        "MLFLOW_TRACKING_URI": published.run.uri,
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits@champion"),
-                *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            ],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while not _process.answers(f"{url}/ping"):
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            time.sleep(0.5)
-        yield url
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(20)
-
-
-def ask(url: str, images: list[bytes], **params: int) -> requests.Response:
-    rows = [{"image": base64.b64encode(data).decode()} for data in images]
-    return requests.post(f"{url}/invocations", json={"dataframe_records": rows, "params": params}, timeout=60)
-
-
-def test_models_serve_answers_as_the_predictor(scoring: str, published: Published) -> None:
-    images = [make_jpeg(seed) for seed in range(40)]  # more than one batch
-    answer = ask(scoring, images, top_k=10)
-    assert answer.status_code == 200, answer.text[:500]
-    predictions = answer.json()["predictions"]
-    assert len(predictions) == len(images)
-    for expected, got in zip(Predictor(published.bundles[0]).predict(images), predictions, strict=True):
-        assert isinstance(expected, Classification)
-        assert got["labels"] == [CLASSES[label] for label in expected.labels]
-        np.testing.assert_allclose(got["scores"], expected.scores, atol=1e-6, rtol=0)
-
-
-def test_models_serve_without_top_k_answers_five(scoring: str) -> None:
-    (prediction,) = ask(scoring, [make_jpeg()]).json()["predictions"]
-    assert len(prediction["labels"]) == len(prediction["scores"]) == 5
-    assert prediction["scores"] == sorted(prediction["scores"], reverse=True)
-
-
-def test_models_serve_bad_image_is_refused_with_its_place_and_reason(scoring: str) -> None:
-    answer = ask(scoring, [make_jpeg(), b"not an image"])
-    assert answer.status_code == 400
-    assert "image 1: " in answer.json()["message"]
-
-
-def test_models_serve_top_k_of_zero_is_refused(scoring: str) -> None:
-    answer = ask(scoring, [make_jpeg()], top_k=0)
-    assert answer.status_code == 400
-    assert "top_k: expected at least 1, got 0" in answer.json()["message"]

@@ -1,9 +1,9 @@
-"""One Ray head for all serving tests, and a tiny bundle with random weights to put on it."""
+"""A tiny bundle with random weights, and what to send to it."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs._process import Service, stop
-from jobs._stack import ray_head
 from pipeline import models
 from pipeline.inference import bundle
 
 NUM_CLASSES = 10
-# Ray reports to its autoscaler every 10 s by default: no test has so long.
-QUICK_METRICS = {
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-}
-
-
-@pytest.fixture(scope="session")
-def serve_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    head = ray_head(tmp_path_factory.mktemp("stack"), num_cpus=4, env=QUICK_METRICS)
-    yield head
-    stop(head)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def wait_for(head: Service, count: int, timeout_s: float) -> bool:
 
 
 def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
-    serve_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
+    ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
 ) -> None:
     scaling = {
         "max_replicas": 2,
@@ -65,13 +65,13 @@ def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
         "look_back_s": 2.0,
     }
     # Waiting for a batch that never fills keeps requests in hand without keeping the processor busy.
-    url = deploy(serve_head, app_config(autoscaling=scaling, batch={"max_size": 64, "wait_ms": 150.0}))
-    assert wait_for(serve_head, 1, 10)
+    url = deploy(ray_head, app_config(autoscaling=scaling, batch={"max_size": 64, "wait_ms": 150.0}))
+    assert wait_for(ray_head, 1, 10)
     with Load(f"{url}/predict/tiny", picture()) as load:
-        assert wait_for(serve_head, 2, UP_S)
+        assert wait_for(ray_head, 2, UP_S)
         seen = len(load.statuses)
         time.sleep(1)
         assert len(load.statuses) > seen
     assert set(load.statuses) == {200}
-    assert wait_for(serve_head, 1, DOWN_S)
+    assert wait_for(ray_head, 1, DOWN_S)
     assert requests.post(f"{url}/predict/tiny", data=picture(), timeout=30).status_code == 200

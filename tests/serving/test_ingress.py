@@ -25,9 +25,9 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def url(serve_head: Service, app_config: Callable[..., dict[str, Any]]) -> str:
+def url(ray_head: Service, app_config: Callable[..., dict[str, Any]]) -> str:
     limits = {"max_body_bytes": MAX_BODY_BYTES}
-    return deploy(serve_head, app_config(limits, batch={"max_size": 8, "wait_ms": 20.0}))
+    return deploy(ray_head, app_config(limits, batch={"max_size": 8, "wait_ms": 20.0}))
 
 
 @pytest.fixture(scope="module")
@@ -181,11 +181,11 @@ def test_health_readiness_and_models_answer(url: str, tiny: Bundle) -> None:
     assert listed == {"models": [{"name": "tiny", "version": tiny.card.weights_sha256[:12], "alias": None}]}
 
 
-def test_head_with_serve_running_listens_on_loopback_only(url: str, serve_head: Service) -> None:
+def test_head_with_serve_running_listens_on_loopback_only(url: str, ray_head: Service) -> None:
     # Ray binds one port of every replica, for calls between replicas, to all interfaces; it asks for the token.
     listening = [
         (process.name(), found.laddr)
-        for process in set(_members(serve_head))
+        for process in set(_members(ray_head))
         for found in process.net_connections()
         if found.status == psutil.CONN_LISTEN
     ]
@@ -197,12 +197,12 @@ def test_head_with_serve_running_listens_on_loopback_only(url: str, serve_head: 
 
 
 def test_deploy_of_a_wrong_configuration_fails_with_its_sentence(
-    url: str, serve_head: Service, app_config: Callable[..., dict[str, Any]]
+    url: str, ray_head: Service, app_config: Callable[..., dict[str, Any]]
 ) -> None:
     wrong = app_config(batch={"max_sise": 8})
     wrong["applications"][0] |= {"name": "wrong", "route_prefix": "/wrong"}
     right = app_config({"max_body_bytes": MAX_BODY_BYTES}, batch={"max_size": 8, "wait_ms": 20.0})
     wrong["applications"] += right["applications"]
     with pytest.raises(ClusterError, match=r"application 'wrong' did not come up: .*max_sise: unknown key"):
-        deploy(serve_head, wrong)
+        deploy(ray_head, wrong)
     assert requests.get(f"{url}/healthz", timeout=10).text == "ok"

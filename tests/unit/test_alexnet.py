@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -146,12 +147,17 @@ def test_paper_init_is_the_original_codes() -> None:
     assert biases == [[0.0], [1.0], [0.0], [1.0], [1.0], [1.0], [1.0], [0.0]]
 
 
-def test_kaiming_init_keeps_the_variance_of_relu_layers() -> None:
-    net = network(init="kaiming", fc_features=64)
+def test_kaiming_init_starts_near_the_loss_of_guessing() -> None:
+    torch.manual_seed(0)
+    net = network(init="kaiming", fc_features=256)
     for layer in convolutions(net):
-        assert layer.weight.std().item() == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.05)
+        fan_out = layer.weight[:, 0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
         assert layer.bias is not None
         assert not layer.bias.any()
+    logits = net(torch.randn(4, 3, 224, 224))
+    loss = nn.functional.cross_entropy(logits, torch.arange(4)).item()
+    assert loss == pytest.approx(math.log(logits.shape[1]), rel=0.1)
 
 
 @pytest.mark.parametrize("variant", ["one_tower", "two_towers"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from pipeline.config import ByName, Strict, nearest
 from pipeline.errors import ConfigError, DataError
@@ -34,11 +34,18 @@ class DatasetConfig(Strict):
 
     name: str
     root: Path | None = None
-    splits: tuple[Split, ...] = ("train", "val")
+    splits: tuple[Split, ...] = Field(default=("train", "val"), min_length=1)
+
+    @field_validator("splits")
+    @classmethod
+    def _each_once(cls, splits: tuple[Split, ...]) -> tuple[Split, ...]:
+        if len(set(splits)) < len(splits):
+            raise ValueError("expected each split once")
+        return splits
 
     def at(self, data_root: Path | None, storage: Path) -> DatasetConfig:
         """The same configuration with absolute paths: `root` in the data root, what is written in `storage`."""
-        base = data_root or Path(os.environ.get(DATA_ROOT, "."))
+        base = (data_root or Path(os.environ.get(DATA_ROOT, "."))).expanduser()
         paths = {"root": None if self.root is None else (base / self.root.expanduser()).absolute()}
         if isinstance(self, ArraysConfig):
             paths["png"] = (storage / self.png.expanduser()).absolute()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -69,9 +70,10 @@ def read_idx(path: Path) -> UInt8Array:
         data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}[.gz] is missing; copy MNIST's files there or set dataset.download=true") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{packed}: not a readable gzip file ({error}); fetch it again") from None
-    rank = data[3] if data[:3] == b"\0\0\x08" else 0
+    whole = len(data) >= 4 and data[:3] == b"\0\0\x08" and len(data) >= 4 + 4 * data[3]
+    rank = data[3] if whole else 0
     shape = tuple(int(size) for size in np.frombuffer(data[4 : 4 + 4 * rank], ">u4"))
     if rank == 0 or len(data) != 4 + 4 * rank + math.prod(shape):
         raise DataError(f"{path}: expected an IDX file of bytes, got {len(data)} bytes with header {data[:4].hex()}")

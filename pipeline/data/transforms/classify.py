@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline import imaging
 from pipeline.config import Strict
@@ -43,6 +43,13 @@ class Augment(Strict):
     contrast: float = Field(default=0.0, ge=0, le=1)
     saturation: float = Field(default=0.0, ge=0, le=1)
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, bounds: Range) -> Range:
+        if not 0 < bounds[0] <= bounds[1] < math.inf:
+            raise ValueError("expected two positive numbers, the smaller one first")
+        return bounds
+
 
 def evaluation(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imaging.DEFAULT) -> tuple[UInt8Array, Frame]:
     """Decode, resize the short side, take the centre crop: uint8 [C, H, W] and its frame.
@@ -50,7 +57,7 @@ def evaluation(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imagin
     Raises:
         ImageError: the bytes are not an image this project accepts.
     """
-    image = imaging.decode(data, decoding, min_short=spec.resize_short or min(spec.size_hw))
+    image = imaging.decode(data, decoding, min_short=_least_short(spec))
     upright_hw = imaging.probe(data, decoding)
     pixels, frame = _centre(image, spec)
     # libjpeg may have decoded at a fraction of the size: the frame maps to the whole picture.
@@ -75,20 +82,25 @@ def training(
         image = imaging.decode(data, decoding)
         pixels = _resize(_window(image, augment, rng), spec.size_hw)
     elif augment.crop == "random":
-        image = imaging.decode(data, decoding, min_short=spec.resize_short or min(spec.size_hw))
+        image = imaging.decode(data, decoding, min_short=_least_short(spec))
         pixels = _random_crop(_resize_short(image, spec), spec.size_hw, rng)
     else:
-        pixels, _ = _centre(imaging.decode(data, decoding, min_short=spec.resize_short or min(spec.size_hw)), spec)
+        pixels, _ = _centre(imaging.decode(data, decoding, min_short=_least_short(spec)), spec)
     if augment.flip and rng.random() < 0.5:
         pixels = pixels[:, :, ::-1]
     return np.ascontiguousarray(_jitter(pixels, augment, rng))
+
+
+def _least_short(spec: InputSpec) -> int:
+    """The short side that scaled decoding has to leave room for; stretching may need the longer side from it."""
+    return spec.resize_short or max(spec.size_hw)
 
 
 def _centre(image: UInt8Array, spec: InputSpec) -> tuple[UInt8Array, Frame]:
     """The evaluation view of a decoded picture [H, W, C], with the frame that maps it to that picture."""
     pixels = _resize_short(image, spec)
     (height, width), (crop_h, crop_w) = pixels.shape[1:], spec.size_hw
-    top, left = (height - crop_h) // 2, (width - crop_w) // 2
+    top, left = round((height - crop_h) / 2), round((width - crop_w) / 2)  # as torchvision: half to even
     scale_xy = (width / image.shape[1], height / image.shape[0])
     frame = Frame((image.shape[0], image.shape[1]), spec.size_hw, scale_xy, (float(-left), float(-top)))
     return np.ascontiguousarray(pixels[:, top : top + crop_h, left : left + crop_w]), frame

@@ -1,0 +1,106 @@
+"""What tests share: one local Ray head and one MLflow server for the whole run, the folder of real data, and a
+miniature dataset that a tiny net learns in seconds: pictures of stripes, as a folder and as shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from jobs import _stack
+from jobs._process import Service, stop
+from jobs._run import connected_to
+from pipeline import imaging
+from pipeline.data import ingest, shards
+from pipeline.data.datasets import image_folder
+from pipeline.types import Split
+
+# Ray reports to Serve's autoscaler every 10 s by default: no test has so long.
+QUICK_METRICS = {
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+}
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The one Ray head of the run: 4 logical CPUs, 2 logical GPUs that do not exist, a token."""
+    head = _stack.ray_head(tmp_path_factory.mktemp("ray"), num_cpus=4, env=QUICK_METRICS, timeout_s=300)
+    yield head
+    stop(head)
+
+
+@pytest.fixture
+def cluster(ray_head: Service) -> Iterator[None]:
+    """This process connected to the head."""
+    with connected_to(ray_head):
+        yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The one MLflow server of the run: SQLite and artifacts in a temporary folder, on a free loopback port."""
+    server = _stack.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), timeout_s=300)
+    yield server
+    stop(server)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images; a test that needs it is skipped without."""
+    folder = os.environ.get("VENTRAL_DATA")
+    if folder is None:
+        pytest.skip("VENTRAL_DATA does not name the folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def stripes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy stripes across or down, of several sizes: 40 training and 13 validation pictures, JPEG and PNG."""
+    root, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    counts: dict[Split, int] = {"train": 40, "val": 13}
+    for split, count in counts.items():
+        for index in range(count):
+            across = index % 2 == 0
+            height, width = 40 + index % 7, 36 + index % 5
+            y, x = np.mgrid[0:height, 0:width]
+            wave = 128 + 90 * np.sign(np.sin((y if across else x) / 2 + index))
+            pixels = (wave[:, :, None] + rng.integers(-30, 30, (height, width, 3))).clip(0, 255).astype(np.uint8)
+            path = root / split / ("across" if across else "down") / f"{index:02d}.{'jpg' if index % 3 else 'png'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(imaging.encode_jpeg(pixels) if index % 3 else imaging.encode_png(pixels))
+    return root
+
+
+@pytest.fixture(scope="session")
+def stripes(stripes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
+    """The same as shards, made without Ray: training in two of 24 and 16 rows, in row groups of 8. Do not change."""
+    path = tmp_path_factory.mktemp("stripes-shards")
+    config = ingest.Config(rows_per_group=8)
+    dataset = image_folder.Config(root=stripes_folder)
+    made: list[shards.Shard] = []
+    sizes: dict[Split, int] = {"train": 24, "val": 13}
+    for split, size in sizes.items():
+        records = tuple(image_folder.records(dataset, split))
+        for at in range(0, len(records), size):
+            task = ingest._Task(path / f"{split}-{at:05d}.parquet", split, records[at : at + size])
+            made.append(shards.Shard(**ingest.make_shard(task, config)["shard"]))
+    manifest = shards.Manifest(
+        dataset="image_folder",
+        classes=image_folder.class_names(dataset),
+        class_counts={"train": (20, 20), "val": (7, 6)},
+        num_rejects=0,
+        shards=tuple(made),
+        digest="0" * 64,
+        decoding=config.decoding,
+        config={},
+        tool_versions={},
+    )
+    (path / shards.MANIFEST).write_text(manifest.model_dump_json())
+    return shards.load(path)
