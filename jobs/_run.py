@@ -135,6 +135,15 @@ def tracking_uri(storage: Path) -> Iterator[str]:
         stop(server)
 
 
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a stage of a longer job, and note in `seconds` how long it took."""
+    print(f"== {name}", flush=True)
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started
+
+
 def progress(noun: str) -> Callable[[int, int], None]:
     """A reporter for library calls that count their work: a line of progress at most once a second, and at the end."""
     started = last = time.monotonic()

@@ -32,6 +32,7 @@ MLFLOW_ENV = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TEL
 
 RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "150",  # 60 by default: little on a busy machine, and the head never recovers
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader costs seconds per epoch on a small machine
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often a report is collected; 2 s by default
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # for a stopped job to end its run and clean up; 3 s by default
@@ -190,6 +191,16 @@ class Stack:
     def kept(storage: Path) -> list[Service]:
         """The services that `keep` wrote down and that still run."""
         return [service for service in _read(storage / KEPT) if is_running(service)]
+
+    @staticmethod
+    def refuse_second(storage: Path) -> None:
+        """Raise where a kept stack runs already.
+
+        Raises:
+            ClusterError: there is one.
+        """
+        if Stack.kept(storage):
+            raise ClusterError(f"{storage}: a stack is up already; python -m jobs.down stops it (or make down)")
 
     @staticmethod
     def down(storage: Path) -> list[Service]:

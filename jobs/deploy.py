@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from jobs import _deploy
+from jobs._process import claim
 from jobs._run import Job, run
 from jobs._stack import Stack
-from pipeline.errors import ClusterError
 
 
 class Deploy(Job):
@@ -34,8 +34,9 @@ class Deploy(Job):
 
 def deploy(job: Deploy) -> None:
     """Start MLflow, Ray and the endpoint, and say where it is."""
-    if Stack.kept(job.store):
-        raise ClusterError(f"{job.store}: a stack is up already; python -m jobs.down stops it (or make down)")
+    Stack.refuse_second(job.store)
+    if job.port is not None:
+        claim(job.port, "the endpoint")  # found before anything starts
     with Stack(job.store) as stack:
         registry = stack.mlflow().address
         head = stack.ray(num_cpus=job.num_cpus)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from jobs import _deploy
-from jobs._run import Job, connected_to, progress, run
+from jobs._run import Job, connected_to, progress, run, stage
 from jobs._stack import Stack
-from pipeline.data.datasets import AnyDataset
+from pipeline.data.datasets import AnyDataset, records
 from pipeline.data.ingest import Config as Ingest
 from pipeline.data.ingest import ingest
-from pipeline.errors import ClusterError
 from pipeline.evaluation import parity
 from pipeline.inference.client import Client
 from pipeline.training import experiment
@@ -42,62 +38,36 @@ class Quickstart(Job):
 
 def quickstart(job: Quickstart) -> None:
     """Walk the road, stage by stage, and end with a table."""
-    if Stack.kept(job.store):
-        raise ClusterError(f"{job.store}: a stack is up already; python -m jobs.down stops it (or make down)")
-    seconds: dict[str, float] = {}
+    Stack.refuse_second(job.store)
+    dataset, seconds, split = job.dataset.at(job.data_root, job.store), dict[str, float](), job.training.evaluate[-1]
+    run_name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    training = job.training.model_copy(update={"register_as": experiment.Registration(model=job.name)})
     with Stack(job.store) as stack:
-        with _stage("start MLflow and Ray", seconds):
-            mlflow = stack.mlflow()
-            head = stack.ray(num_cpus=job.num_cpus)
+        with stage("start MLflow and Ray", seconds):
+            mlflow, head = stack.mlflow(), stack.ray(num_cpus=job.num_cpus)
         with connected_to(head):
-            with _stage("preprocess", seconds):
-                source = ingest(
-                    job.dataset.at(job.data_root, job.store),
-                    job.ingest,
-                    job.store / job.training.shards,
-                    progress("images"),
-                )
-            with _stage("train, evaluate, register", seconds):
-                run_name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-                outcome = experiment.conduct(run_name, job.training, storage=job.store, uri=mlflow.address)
-        registration = job.training.register_as or experiment.Registration(model=job.name)
-        with _stage("deploy", seconds):
-            config = _deploy.application(registration.model, registration.alias, mlflow.address, job.store)
-            endpoint = _deploy.deploy(head, config)
-        split = job.training.evaluate[-1]
-        with _stage(f"compare {job.num_images} served answers with offline ones", seconds):
-            found = parity.compare(
-                Client(endpoint), registration.model, outcome.bundle, source, split, num_images=job.num_images
-            )
+            with stage("preprocess", seconds):
+                source = ingest(dataset, job.ingest, job.store / training.shards, progress("images"))
+            with stage("train, evaluate, register", seconds):
+                outcome = experiment.conduct(run_name, training, storage=job.store, uri=mlflow.address)
+        with stage("deploy", seconds):
+            config = _deploy.application(job.name, "champion", mlflow.address, job.store)
+            url = _deploy.deploy(head, config)
+        with stage(f"compare {job.num_images} served answers with offline ones", seconds):
+            found = parity.compare(Client(url), job.name, outcome.bundle, source, split, job.num_images)
         report = outcome.reports[split]
         print(f"\naccuracy   {report.metrics['top1']:.4f} top-1 on {report.num_images} held-out images")
         print(f"served     {found.num_images} answers equal the offline ones, scores within {found.max_difference:.1e}")
-        print(f"run        {outcome.run_url}")
-        print(f"endpoint   {endpoint}/predict/{registration.model}")
-        for stage, value in seconds.items():
-            print(f"{value:7.1f} s  {stage}")
+        print(f"run        {outcome.run_url}\nendpoint   {url}/predict/{job.name}")
+        print("".join(f"{value:7.1f} s  {name}\n" for name, value in seconds.items()), end="")
         print(f"{sum(seconds.values()):7.1f} s  in all", flush=True)
         if job.keep:
             stack.keep()
-            image = shlex.quote(str(_example(job)))
+            example = next(iter(records(dataset, split))).uri
             print(f"\nMLflow     {mlflow.address}\nRay        {head.dashboard}")
-            print(f"try        curl --data-binary @{image} {endpoint}/predict/{registration.model}")
-            print("stop       make down", flush=True)
-
-
-def _example(job: Quickstart) -> Path:
-    """One held-out image, to try the endpoint with."""
-    from pipeline.data import datasets  # noqa: PLC0415
-
-    return Path(next(datasets.records(job.dataset.at(job.data_root, job.store), "val")).uri)
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"== {name}", flush=True)
-    started = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - started
+            print(
+                f"try        curl --data-binary '@{example}' {url}/predict/{job.name}\nstop       make down", flush=True
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -168,12 +168,15 @@ def _explain(schema: type[BaseModel], raw: Mapping[str, Any], detail: ErrorDetai
 
 
 def _keys_at(schema: type[BaseModel], loc: Sequence[int | str], raw: Mapping[str, Any]) -> list[str]:
-    """The keys allowed at `loc`, found by building the part of the schema that the valid siblings select."""
+    """The keys allowed at `loc`, found by walking down the schema beside the mapping that was given."""
     fields: Any = schema
     node: Any = raw
     for part in loc:
-        node = node.get(part) if isinstance(node, dict) else None
-        fields = _schema_of_field(fields, part, node)
+        if isinstance(part, int):  # an element of a list: its schema was found with the list
+            node = node[part] if isinstance(node, list) else None
+        else:
+            node = node.get(part) if isinstance(node, dict) else None
+            fields = _schema_of_field(fields, part, node)
     if hasattr(fields, "model_fields"):
         return list(fields.model_fields)
     return list(getattr(fields, "__dataclass_fields__", {}))
@@ -183,7 +186,8 @@ def _schema_of_field(schema: Any, part: int | str, node: Any) -> Any:
     field = getattr(schema, "model_fields", {}).get(part)
     if field is None:
         return None
-    for validator in field.metadata:
+    inside = (item for arg in get_args(field.annotation) for item in getattr(arg, "__metadata__", ()))  # of `X | None`
+    for validator in (*field.metadata, *inside):
         chooser = getattr(validator, "func", None)
         if isinstance(chooser, ByName) and isinstance(node, dict):
             return chooser.schema_of(node["name"])

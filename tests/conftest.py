@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 from jobs import _stack
 from jobs._process import Service, stop
-from jobs._run import connected_to
 from pipeline import imaging
 from pipeline.data import ingest, shards
 from pipeline.data.datasets import image_folder
@@ -30,17 +28,18 @@ QUICK_METRICS = {
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The one Ray head of the run: 4 logical CPUs, 2 logical GPUs that do not exist, a token."""
-    head = _stack.ray_head(tmp_path_factory.mktemp("ray"), num_cpus=4, env=QUICK_METRICS, timeout_s=300)
+    head = _stack.ray_head(tmp_path_factory.mktemp("ray"), num_cpus=4, num_gpus=2, env=QUICK_METRICS, timeout_s=300)
     yield head
     stop(head)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster(ray_head: Service) -> Iterator[None]:
-    """This process connected to the head."""
+    """This process connected to the head, for the tests of one file."""
+    from jobs._run import connected_to  # noqa: PLC0415  (brings torch and MLflow, which most tests do not need)
+
     with connected_to(ray_head):
         yield
-    assert not ray.is_initialized()
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +88,7 @@ def stripes(stripes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> s
     for split, size in sizes.items():
         records = tuple(image_folder.records(dataset, split))
         for at in range(0, len(records), size):
-            task = ingest._Task(path / f"{split}-{at:05d}.parquet", split, records[at : at + size])
+            task = ingest.Task(path / f"{split}-{at:05d}.parquet", split, records[at : at + size])
             made.append(shards.Shard(**ingest.make_shard(task, config)["shard"]))
     manifest = shards.Manifest(
         dataset="image_folder",

@@ -45,18 +45,17 @@ OUTPUT = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What is to be predicted, in order: paths of images, or shards with the number of their first row each."""
+    """What is to be predicted, in order: paths of images, or shards with the rows (first, end) that they hold."""
 
     ids: tuple[str, ...] = ()
-    shards: tuple[tuple[str, int], ...] = ()
+    shards: tuple[tuple[str, int, int], ...] = ()
     num_images: int = 0
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ImageError]]:
         """Ids and bytes of the images `start` to `stop`."""
         for path in self.ids[start:stop]:
             yield path, _read_file(path)
-        ends = [first for _, first in self.shards[1:]] + [self.num_images]
-        for (path, first), end in zip(self.shards, ends, strict=True):
+        for path, first, end in self.shards:
             if first < stop and start < end:
                 yield from _read_shard(Path(path), max(start - first, 0), min(stop, end) - first)
 
@@ -72,9 +71,9 @@ def from_folder(folder: Path) -> Inputs:
 def from_shards(source: shards.Shards, split: Split) -> Inputs:
     """Every row of a split."""
     files = source.manifest.of(split)
-    starts = np.cumsum([0, *(shard.num_rows for shard in files)]).tolist()
-    located = tuple((str(source.path / shard.name), start) for shard, start in zip(files, starts[:-1], strict=True))
-    return Inputs(shards=located, num_images=starts[-1])
+    bounds = np.cumsum([0, *(shard.num_rows for shard in files)]).tolist()
+    located = tuple((str(source.path / shard.name), *span) for shard, span in zip(files, pairwise(bounds), strict=True))
+    return Inputs(shards=located, num_images=bounds[-1])
 
 
 def from_list(path: Path) -> Inputs:

@@ -6,7 +6,6 @@ epoch seeds it anew from (seed, epoch, rank). Files are read with `weights_only=
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def load(path: Path, device: torch.device | str) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's reader raises whatever damaged bytes make of it
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path}: not a readable checkpoint ({reason}); delete it to continue from the one before"

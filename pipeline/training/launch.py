@@ -57,11 +57,7 @@ def train(
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"assignment": assignment},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=cluster.gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {}),
-        ),
+        scaling_config=scaling(cluster),
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.absolute() / "ray"),
@@ -76,6 +72,15 @@ def train(
     finally:
         shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray's own bookkeeping; ours is in checkpoints
     return load(folder / "bundle")
+
+
+def scaling(cluster: Cluster) -> ray.train.ScalingConfig:
+    """What Ray Train is asked for: so many workers, each with its CPUs and perhaps a GPU."""
+    return ray.train.ScalingConfig(
+        num_workers=cluster.num_workers,
+        use_gpu=cluster.gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {}),
+    )
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:

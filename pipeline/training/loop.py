@@ -87,7 +87,9 @@ def fit(
     Raises:
         ModelError: the loss is not finite; the checkpoints before it remain.
     """
-    model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    model.to(device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, recipe.optim)
     state = _resume(model, optimizer, checkpoints, device)
     net = DistributedDataParallel(model) if _world_size() > 1 else model

@@ -18,7 +18,7 @@ CUSTOMARY = {
     *("README.md", "Makefile", "LICENSE", "CHANGELOG.md", "DECISIONS.md", "requirements.lock"),
     *(".gitignore", ".rayignore", ".pre-commit-config.yaml", ".ci"),
 }
-MAX_FILE, MAX_FUNCTION, MAX_JOB = 500, 60, 110
+MAX_FILE, MAX_FUNCTION, MAX_JOB = 500, 60, 80
 NO_TORCH = (
     *("pipeline.errors", "pipeline.config", "pipeline.types", "pipeline.imaging", "pipeline.data.shards"),
     *("pipeline.data.ingest", "pipeline.inference.client", "pipeline.data.datasets.digits"),

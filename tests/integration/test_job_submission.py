@@ -128,7 +128,7 @@ def test_submission_without_the_token_is_refused(ray_head: Service, tmp_path: Pa
 
 
 def test_preprocessing_that_is_stopped_leaves_nothing_half_written(ray_head: Service, tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png")
     for split in ("train", "val"):
         for class_name in ("cat", "dog"):

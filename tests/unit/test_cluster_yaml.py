@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]  # comes with Ray
 import pytest
 import yaml
 from mlflow.cli import server as mlflow_server
@@ -64,8 +64,8 @@ def test_cluster_file_passes_ray_own_validator(prepared: dict[str, Any]) -> None
 
 
 def test_cluster_file_with_an_unknown_key_is_refused(raw: dict[str, Any]) -> None:
-    with pytest.raises(jsonschema.ValidationError, match="max_wokers"):
-        validate_config(prepare_config(raw | {"max_wokers": 3}))
+    with pytest.raises(jsonschema.ValidationError, match="max_machines"):
+        validate_config(prepare_config(raw | {"max_machines": 3}))
 
 
 def test_cluster_file_with_half_a_processor_is_refused(raw: dict[str, Any]) -> None:

@@ -1,0 +1,185 @@
+"""The doors as a user finds them: the README's three commands, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+
+from jobs._process import Service
+from pipeline import imaging
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str, storage: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A job in a process of its own, without whatever servers this session knows."""
+    clean = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}}
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=clean | {"VENTRAL_STORAGE": str(storage)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of bright and dark pictures, as a user would have them."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, total in (("train", 64), ("val", 20)):
+        for number in range(total):
+            base = 170 * (number % 2)
+            folder = root / split / ("dark", "bright")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(base, base + 60, (128, 140, 3), np.uint8)
+            (folder / f"{number}.jpg").write_bytes(imaging.encode_jpeg(pixels))
+    return root
+
+
+def readme_commands() -> list[list[str]]:
+    """The three commands of the section "Your own folder to an endpoint"."""
+    section = (ROOT / "README.md").read_text().split("## Your own folder to an endpoint")[1]
+    block = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0]
+    return [line.removeprefix("python -m ").split() for line in block.strip().splitlines()]
+
+
+def test_own_folder_to_endpoint_in_the_three_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
+    preprocess, train, deploy = readme_commands()
+    at = [word.replace("root=photos", f"root={photos}") for word in preprocess]
+    done = run(*at, storage=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"train +64 images in 1 shards", done.stdout)
+    smaller = [
+        "training.recipe.epochs=3",
+        "training.recipe.model.fc_features=32",
+        "training.recipe.optim.warmup_epochs=0",
+    ]
+    done = run(*train, *smaller, storage=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "model    folder version 1 (champion)" in done.stdout
+    top1 = re.search(r"val +top-1 ([\d.]+) of 20 images", done.stdout)
+    assert top1
+    assert float(top1[1]) > 0.8
+
+    server = subprocess.Popen(
+        [sys.executable, "-m", *deploy],
+        cwd=ROOT,
+        env=os.environ | {"VENTRAL_STORAGE": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        lines: list[str] = []
+        for line in server.stdout:
+            lines.append(line)
+            if line.startswith("serving until"):
+                break
+        (endpoint,) = re.findall(r"endpoint (http://\S+)", "".join(lines)) or [pytest.fail("".join(lines))]
+        answer = requests.post(endpoint, data=next((photos / "val" / "dark").iterdir()).read_bytes(), timeout=60).json()
+        assert answer["predictions"][0]["class_name"] == "dark"
+        assert answer["model"] == {"name": "folder", "version": "1", "alias": "champion"}
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.stdout.read()
+        assert server.wait(120) == 130
+    with pytest.raises(requests.ConnectionError):
+        requests.post(endpoint, data=b"", timeout=5)
+
+
+SHARDS = "training.shards=shards/none"
+DIGITS = "jobs/configs/train/lenet5_digits.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["jobs.train", "none.yaml"], 2, r"none.yaml: cannot read the configuration"),
+        (
+            ["jobs.train", DIGITS, "training.recipe.epoch=3"],
+            2,
+            r"training.recipe.epoch: unknown key; did you mean 'epochs'",
+        ),
+        (
+            ["jobs.train", DIGITS, "training.recipe.model.name=lenet6"],
+            2,
+            r"unknown model 'lenet6'; did you mean 'lenet5'",
+        ),
+        (["jobs.train", DIGITS, SHARDS], 3, r"shards/none: expected a dataset with manifest.json, found none"),
+        (["jobs.preprocess", "jobs/configs/preprocess/folder.yaml", "dataset.root=/none"], 3, r"/none is not a folder"),
+        (["jobs.evaluate", "model=m@champion", "shards=shards/none"], 3, r"expected a dataset with manifest.json"),
+        (["jobs.predict", "model=m@champion", "output=o"], 2, r"expected exactly one of folder, shards and list"),
+        (["jobs.import_model", "source.weights=w.pth"], 2, r"register_as: missing"),
+    ],
+)
+def test_mistake_is_one_clear_sentence_before_anything_starts(
+    words: list[str], code: int, sentence: str, tmp_path: Path
+) -> None:
+    done = run(*words, storage=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert re.search(sentence, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_mistakes_are_reported_together(tmp_path: Path) -> None:
+    done = run("jobs.train", DIGITS, "training.recipe.epochs=ten", "training.recipe.optim.lr=-1", storage=tmp_path)
+    assert done.returncode == 2
+    assert "training.recipe.epochs: " in done.stderr
+    assert "training.recipe.optim.lr: " in done.stderr
+
+
+def test_dry_run_prints_the_whole_configuration_and_does_nothing(tmp_path: Path) -> None:
+    done = run("jobs.train", DIGITS, "training.recipe.epochs=3", "--dry-run", storage=tmp_path)
+    assert done.returncode == 0
+    assert "epochs: 3" in done.stdout
+    assert "label_smoothing: 0.0" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_class_is_named(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    (root / "train" / "dark").rename(root / "train" / "gone")
+    done = run("jobs.preprocess", "jobs/configs/preprocess/folder.yaml", f"dataset.root={root}", storage=tmp_path / "s")
+    assert done.returncode == 3
+    assert re.search(r"'val' has 'dark' that 'train' lacks and lacks 'gone'", done.stderr)
+
+
+def test_dead_mlflow_server_is_named_quickly(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = run("jobs.promote", "model=m", "version=1", storage=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 6
+    assert re.search(r"http://127.0.0.1:9: no MLflow server answers there", done.stderr)
+    assert time.monotonic() - started < 120
+
+
+def test_unknown_model_names_those_that_exist(mlflow_server: Service, tmp_path: Path) -> None:
+    done = run("jobs.promote", "model=none", "version=1", storage=tmp_path, MLFLOW_TRACKING_URI=mlflow_server.address)
+    assert done.returncode == 6
+    assert "no model 'none' is registered" in done.stderr
+
+
+def test_taken_port_is_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        done = run("jobs.deploy", "model=m", f"port={port}", storage=tmp_path)
+    assert done.returncode == 7
+    assert re.search(rf"port {port}\b.*taken", done.stderr)

@@ -1,0 +1,127 @@
+"""The local reader against the shards: each row once, one seeded order, the same on any number of workers."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import imaging
+from pipeline.batch import Batch
+from pipeline.data import ingest, loading, shards
+from pipeline.data.loading import Loader
+from pipeline.data.transforms import classify
+from pipeline.errors import DataError
+from pipeline.types import InputSpec, Record
+
+SPEC = InputSpec(size_hw=(28, 28))
+LOCAL = loading.Config(batch_size=4, reader="local", batches_per_task=2)
+
+
+def ids(batches: list[Batch]) -> list[tuple[str, ...]]:
+    return [batch.ids for batch in batches]
+
+
+def test_evaluation_gives_every_row_once_with_its_label_pixels_and_frame(stripes: shards.Shards) -> None:
+    batches = list(Loader(stripes, SPEC, LOCAL).evaluate("val"))
+    assert [len(batch) for batch in batches] == [4, 4, 4, 1]
+    file = stripes.path / stripes.manifest.of("val")[0].name
+    rows = shards.read(file, [0, 1]).to_pylist()
+    assert [name for batch in batches for name in batch.ids] == [row["image_id"] for row in rows]
+    labels = torch.cat([batch.targets for batch in batches if batch.targets is not None])
+    assert labels.tolist() == [row["label"] for row in rows]
+    pixels, frame = classify.evaluation(rows[5]["image"], SPEC)
+    np.testing.assert_array_equal(batches[1].images[1].numpy(), pixels)
+    assert batches[1].frames[1] == frame
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_evaluation_on_more_workers_covers_the_same_rows(stripes: shards.Shards, world_size: int) -> None:
+    parts = [
+        list(Loader(stripes, SPEC, LOCAL, rank=rank, world_size=world_size).evaluate("val"))
+        for rank in range(world_size)
+    ]
+    together = sorted(name for part in parts for batch in part for name in batch.ids)
+    assert together == sorted(name for batch in Loader(stripes, SPEC, LOCAL).evaluate("val") for name in batch.ids)
+    assert len(together) == 13
+
+
+def test_training_repeats_by_seed_and_epoch_and_differs_otherwise(stripes: shards.Shards) -> None:
+    def read(seed: int, epoch: int) -> list[Batch]:
+        return list(Loader(stripes, SPEC, LOCAL, seed=seed).train(epoch))
+
+    first, again, later, other = read(3, 1), read(3, 1), read(3, 2), read(4, 1)
+    assert len(first) == 10
+    assert len({name for batch in first for name in batch.ids}) == 40
+    assert ids(first) == ids(again)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+    assert ids(first) != ids(later)
+    assert ids(first) != ids(other)
+
+
+def test_one_picture_is_varied_anew_in_every_epoch(stripes: shards.Shards) -> None:
+    views = []
+    for epoch in range(2):
+        batches = list(Loader(stripes, SPEC, LOCAL).train(epoch))
+        views.append({name: batch.images[at] for batch in batches for at, name in enumerate(batch.ids)})
+    changed = [not torch.equal(view, views[1][name]) for name, view in views[0].items()]
+    assert all(changed)
+
+
+def test_two_workers_interleave_to_the_batches_of_one(stripes: shards.Shards) -> None:
+    one = list(Loader(stripes, SPEC, LOCAL.model_copy(update={"batch_size": 8})).train(0))
+    ranks = [list(Loader(stripes, SPEC, LOCAL, rank=rank, world_size=2).train(0)) for rank in range(2)]
+    assert [len(part) for part in ranks] == [len(one)] * 2 == [5, 5]
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert whole.ids == sum((part.ids for part in parts), ())
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+
+
+def test_batches_do_not_depend_on_how_many_one_task_makes(stripes: shards.Shards) -> None:
+    more = LOCAL.model_copy(update={"batches_per_task": 100})
+    assert ids(list(Loader(stripes, SPEC, LOCAL).train(0))) == ids(list(Loader(stripes, SPEC, more).train(0)))
+
+
+def test_steps_per_epoch_counts_whole_global_batches(stripes: shards.Shards) -> None:
+    config = loading.Config(batch_size=7, reader="local")
+    loaders = [Loader(stripes, SPEC, config, rank=rank, world_size=2) for rank in range(2)]
+    assert [loader.steps_per_epoch for loader in loaders] == [2, 2]  # 40 // 14
+    assert [len(list(loader.train(0))) for loader in loaders] == [2, 2]
+
+
+def test_a_split_that_does_not_fill_one_batch_says_what_to_do(stripes: shards.Shards) -> None:
+    loader = Loader(stripes, SPEC, loading.Config(batch_size=21, reader="local"), world_size=2)
+    with pytest.raises(DataError, match="40 training images do not fill one batch of 21 on each of 2 workers; take a"):
+        _ = loader.steps_per_epoch
+
+
+def test_an_image_that_does_not_decode_is_named(stripes: shards.Shards, tmp_path: Path) -> None:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    (tmp_path / "a.png").write_bytes(imaging.encode_png(pixels))
+    task = ingest.Task(tmp_path / "val.parquet", "val", (Record("val/a", str(tmp_path / "a.png"), "val", 0),))
+    shard = shards.Shard(**ingest.make_shard(task, ingest.Config())["shard"])
+    jpeg_only = imaging.Decoding(formats=("JPEG",))
+    manifest = stripes.manifest.model_copy(update={"shards": (shard,), "decoding": jpeg_only})
+    loader = Loader(shards.Shards(tmp_path, manifest), SPEC, LOCAL)
+    with pytest.raises(DataError, match=r"image 'val/a' does not decode: .*JPEG.*; verify the shards"):
+        list(loader.evaluate("val"))
+
+
+def test_a_shard_that_is_gone_is_named(stripes: shards.Shards, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(stripes.path, tmp_path / "copied"))
+    source = shards.load(copied)
+    (copied / source.manifest.of("val")[0].name).unlink()
+    with pytest.raises(DataError, match=r"val-00000\.parquet: cannot be read as a shard"):
+        list(Loader(source, SPEC, LOCAL).evaluate("val"))
+
+
+def test_a_reader_left_early_ends_its_thread(stripes: shards.Shards) -> None:
+    batches = Loader(stripes, SPEC, LOCAL).train(0)
+    next(batches)
+    assert any(thread.name.startswith("loading") for thread in threading.enumerate())
+    del batches
+    assert not any(thread.name.startswith("loading") for thread in threading.enumerate())
