@@ -109,7 +109,8 @@ def connected_to(head: Service) -> Iterator[None]:
     """Use a local head for a while; what workers log is shown here."""
     _quieten_ray_data()
     try:
-        _stack.attach(head, log_to_driver=True, logging_level=logging.ERROR)
+        with _own_sigterm():
+            _stack.attach(head, log_to_driver=True, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()
@@ -165,7 +166,8 @@ def progress(noun: str) -> Callable[[int, int], None]:
 def _connected() -> Iterator[None]:
     _quieten_ray_data()
     try:
-        ray.init(logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ClusterError(
@@ -175,6 +177,14 @@ def _connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our handler of SIGTERM, which `ray.init` replaces by one that exits without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _quieten_ray_data() -> None:

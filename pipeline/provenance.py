@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+COMMIT = "VENTRAL_COMMIT"
 LIBRARIES = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "numpy", "pillow", "simplejpeg")
 
 
@@ -23,16 +25,22 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The git commit of this code, with `+` where the working tree differs from it; `unknown` outside a checkout."""
-    folder = Path(__file__).parent
+    """The git commit of this code, with `+` where the working tree differs from it.
+
+    Outside a checkout, as in a submitted job, it is what the environment variable VENTRAL_COMMIT says, else `unknown`.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return os.environ.get(COMMIT, "unknown")
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
-        )
+        head = _git(root, "rev-parse", "HEAD")
+        return head + "+" * bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
+        return os.environ.get(COMMIT, "unknown")
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def hostname() -> str:

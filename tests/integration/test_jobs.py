@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +25,13 @@ from pipeline import imaging
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words: str, storage: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str, storage: Path) -> subprocess.CompletedProcess[str]:
     """A job in a process of its own, without whatever servers this session knows."""
     clean = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}}
     return subprocess.run(
         [sys.executable, "-m", *words],
         cwd=ROOT,
-        env=clean | {"VENTRAL_STORAGE": str(storage)} | environment,
+        env=clean | {"VENTRAL_STORAGE": str(storage)},
         capture_output=True,
         text=True,
         timeout=400,
@@ -106,6 +109,34 @@ SHARDS = "training.shards=shards/none"
 DIGITS = "jobs/configs/train/lenet5_digits.yaml"
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """A job in this process, by the name of its module; for mistakes, which end it before anything starts."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("VENTRAL_STORAGE", str(tmp_path / "storage"))
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(name: str, *words: str) -> Ended:
+        code = importlib.import_module(name).main(list(words))
+        return Ended(code, *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
@@ -128,58 +159,62 @@ DIGITS = "jobs/configs/train/lenet5_digits.yaml"
     ],
 )
 def test_mistake_is_one_clear_sentence_before_anything_starts(
-    words: list[str], code: int, sentence: str, tmp_path: Path
+    job: Callable[..., Ended], words: list[str], code: int, sentence: str, tmp_path: Path
 ) -> None:
-    done = run(*words, storage=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert re.search(sentence, done.stderr)
-    assert "Traceback" not in done.stderr
+    ended = job(*words)
+    assert ended.code == code, ended.err
+    assert re.search(sentence, ended.err)
+    assert "Traceback" not in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_mistakes_are_reported_together(tmp_path: Path) -> None:
-    done = run("jobs.train", DIGITS, "training.recipe.epochs=ten", "training.recipe.optim.lr=-1", storage=tmp_path)
-    assert done.returncode == 2
-    assert "training.recipe.epochs: " in done.stderr
-    assert "training.recipe.optim.lr: " in done.stderr
+def test_two_mistakes_are_reported_together(job: Callable[..., Ended]) -> None:
+    ended = job("jobs.train", DIGITS, "training.recipe.epochs=ten", "training.recipe.optim.lr=-1")
+    assert ended.code == 2
+    assert "training.recipe.epochs: " in ended.err
+    assert "training.recipe.optim.lr: " in ended.err
 
 
-def test_dry_run_prints_the_whole_configuration_and_does_nothing(tmp_path: Path) -> None:
-    done = run("jobs.train", DIGITS, "training.recipe.epochs=3", "--dry-run", storage=tmp_path)
-    assert done.returncode == 0
-    assert "epochs: 3" in done.stdout
-    assert "label_smoothing: 0.0" in done.stdout
+def test_dry_run_prints_the_whole_configuration_and_does_nothing(job: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = job("jobs.train", DIGITS, "training.recipe.epochs=3", "--dry-run")
+    assert ended.code == 0
+    assert "epochs: 3" in ended.out
+    assert "label_smoothing: 0.0" in ended.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_class_is_named(photos: Path, tmp_path: Path) -> None:
+def test_class_folders_that_differ_are_named(job: Callable[..., Ended], photos: Path, tmp_path: Path) -> None:
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
     (root / "train" / "dark").rename(root / "train" / "gone")
-    done = run("jobs.preprocess", "jobs/configs/preprocess/folder.yaml", f"dataset.root={root}", storage=tmp_path / "s")
-    assert done.returncode == 3
-    assert re.search(r"'val' has 'dark' that 'train' lacks and lacks 'gone'", done.stderr)
+    ended = job("jobs.preprocess", "jobs/configs/preprocess/folder.yaml", f"dataset.root={root}")
+    assert ended.code == 3
+    assert re.search(r"'val' has 'dark' that 'train' lacks and lacks 'gone'", ended.err)
 
 
-def test_dead_mlflow_server_is_named_quickly(tmp_path: Path) -> None:
+def test_dead_mlflow_server_is_named_quickly(job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started = time.monotonic()
-    done = run("jobs.promote", "model=m", "version=1", storage=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert done.returncode == 6
-    assert re.search(r"http://127.0.0.1:9: no MLflow server answers there", done.stderr)
-    assert time.monotonic() - started < 120
+    ended = job("jobs.promote", "model=m", "version=1")
+    assert ended.code == 6
+    assert re.search(r"http://127.0.0.1:9: no MLflow server answers there", ended.err)
+    assert time.monotonic() - started < 60
 
 
-def test_unknown_model_names_those_that_exist(mlflow_server: Service, tmp_path: Path) -> None:
-    done = run("jobs.promote", "model=none", "version=1", storage=tmp_path, MLFLOW_TRACKING_URI=mlflow_server.address)
-    assert done.returncode == 6
-    assert "no model 'none' is registered" in done.stderr
+def test_unknown_model_names_those_that_exist(
+    job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, mlflow_server: Service
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.address)
+    ended = job("jobs.promote", "model=none", "version=1")
+    assert ended.code == 6
+    assert "no model 'none' is registered" in ended.err
 
 
-def test_taken_port_is_one_sentence(tmp_path: Path) -> None:
+def test_taken_port_is_one_sentence(job: Callable[..., Ended]) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        done = run("jobs.deploy", "model=m", f"port={port}", storage=tmp_path)
-    assert done.returncode == 7
-    assert re.search(rf"port {port}\b.*taken", done.stderr)
+        ended = job("jobs.deploy", "model=m", f"port={port}")
+    assert ended.code == 7
+    assert re.search(rf"port {port}\b.*taken", ended.err)
