@@ -34,7 +34,7 @@ def run(*words: str, storage: Path) -> subprocess.CompletedProcess[str]:
         env=clean | {"VENTRAL_STORAGE": str(storage)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=550,
         check=False,
     )
 
@@ -103,6 +103,27 @@ def test_own_folder_to_endpoint_in_the_three_commands_of_the_readme(photos: Path
         assert server.wait(120) == 130
     with pytest.raises(requests.ConnectionError):
         requests.post(endpoint, data=b"", timeout=5)
+
+
+def test_quickstart_kept_answers_until_down_and_leaves_nothing(tmp_path: Path) -> None:
+    done = run("jobs.quickstart", "jobs/configs/quickstart/digits.yaml", "keep=true", storage=tmp_path)
+    try:
+        assert done.returncode == 0, done.stderr[-3000:]
+        top1 = re.search(r"accuracy +([\d.]+) top-1 on 355 held-out images", done.stdout)
+        assert top1
+        assert float(top1[1]) >= 0.97
+        assert "32 answers equal the offline ones" in done.stdout
+        (image, endpoint) = re.findall(r"curl --data-binary '@(\S+)' (\S+)", done.stdout)[0]
+        answer = requests.post(endpoint, data=Path(image).read_bytes(), timeout=60).json()
+        assert len(answer["predictions"]) == 5
+        second = run("jobs.deploy", "model=digits", storage=tmp_path)
+        assert second.returncode == 7
+        assert "a stack is up already" in second.stderr
+    finally:
+        down = run("jobs.down", storage=tmp_path)
+    assert down.stdout == "stopped  MLflow, Ray\n"
+    with pytest.raises(requests.ConnectionError):
+        requests.get(endpoint, timeout=5)
 
 
 SHARDS = "training.shards=shards/none"

@@ -40,6 +40,10 @@ def test_of_equal_scores_the_lower_class_wins() -> None:
     counts = Counts.of(scores, np.array([1, 2, 4, 5]), loss=0.0)
     assert counts.confusion[1, 1] == counts.confusion[2, 1] == counts.confusion[4, 0] == counts.confusion[5, 0] == 1
     assert counts.top_k == 3  # of seven equal scores, classes 0 to 4 are the first five
+    many = Counts.of(
+        np.tile(np.array([0, 1], np.float32), (1, 100)), np.array([9]), loss=0.0
+    )  # too many to insert-sort
+    assert (many.confusion[9, 1], many.top_k) == (1, 1)  # the first five are 1, 3, 5, 7, 9
 
 
 def test_mean_recall_leaves_out_classes_that_do_not_occur() -> None:
