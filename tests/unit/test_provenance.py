@@ -20,12 +20,13 @@ def git(folder: Path, *args: str) -> str:
 
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file in a folder of its own that the module believes to be."""
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    path = tmp_path / "provenance.py"
+    """The root of a tree of its own that the module believes to be in."""
+    monkeypatch.delenv(provenance.COMMIT, raising=False)
+    path = tmp_path / "pipeline" / "provenance.py"
+    path.parent.mkdir()
     path.write_text("")
     monkeypatch.setattr(provenance, "__file__", str(path))
-    return path
+    return tmp_path
 
 
 def test_versions_are_those_that_run() -> None:
@@ -34,22 +35,28 @@ def test_versions_are_those_that_run() -> None:
     assert found.keys() <= {"python", *provenance.LIBRARIES}
 
 
-def test_commit_is_marked_where_the_tree_differs(code: Path) -> None:
-    git(code.parent, "init")
-    git(code.parent, "add", ".")
-    git(code.parent, "commit", "-m", "first")
-    head = git(code.parent, "rev-parse", "HEAD")
+def test_commit_is_marked_where_the_tree_differs(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(provenance.COMMIT, "not asked in a checkout")
+    git(code, "init")
+    git(code, "add", ".")
+    git(code, "commit", "-m", "first")
+    head = git(code, "rev-parse", "HEAD")
     assert provenance.commit() == head
-    (code.parent / "untracked").write_text("does not count")
+    (code / "untracked").write_text("does not count")
     assert provenance.commit() == head
-    code.write_text("changed")
+    (code / "pipeline" / "provenance.py").write_text("changed")
     assert provenance.commit() == head + "+"
 
 
-def test_commit_outside_a_checkout_is_unknown(code: Path) -> None:
+def test_commit_outside_a_checkout_is_that_of_the_environment_or_unknown(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert provenance.commit() == "unknown"
+    monkeypatch.setenv(provenance.COMMIT, "abc")
+    assert provenance.commit() == "abc"
 
 
 def test_commit_without_git_is_unknown(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(code.parent))
+    git(code, "init")
+    monkeypatch.setenv("PATH", str(code))
     assert provenance.commit() == "unknown"
