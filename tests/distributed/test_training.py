@@ -120,22 +120,21 @@ def test_number_of_classes_that_the_shards_do_not_have_is_refused(source: shards
         launch.fitted(config, source)
 
 
-def probe_device(config: dict[str, str]) -> None:
-    """Write down which device this worker was given, on a machine that pretends to have GPUs."""
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device = lambda device: None
-    context = ray.train.get_context()
-    found = {
-        "gpu": os.environ["CUDA_VISIBLE_DEVICES"],
-        "device": str(ray.train.torch.get_device()),
-        "local_rank": context.get_local_rank(),
-    }
-    (Path(config["folder"]) / str(context.get_world_rank())).write_text(json.dumps(found))
-
-
 @pytest.mark.usefixtures("cluster")
 def test_gpu_workers_get_one_logical_gpu_each(tmp_path: Path) -> None:
+    def probe_device(config: dict[str, str]) -> None:
+        """Write down which device this worker was given, on a machine that pretends to have GPUs."""
+        torch.cuda.is_available = lambda: True
+        torch.cuda.device_count = lambda: 1
+        torch.cuda.set_device = lambda device: None
+        context = ray.train.get_context()
+        found = {
+            "gpu": os.environ["CUDA_VISIBLE_DEVICES"],
+            "device": str(ray.train.torch.get_device()),
+            "local_rank": context.get_local_rank(),
+        }
+        (Path(config["folder"]) / str(context.get_world_rank())).write_text(json.dumps(found))
+
     scaling = launch.scaling(launch.Cluster(num_workers=2, gpu=True))
     ray.train.torch.TorchTrainer(
         probe_device,
