@@ -57,11 +57,6 @@ def deploy(head: Service, config: Mapping[str, Any], *, port: int | None = None,
     return f"http://{options['host']}:{options['port']}"
 
 
-def undeploy(head: Service) -> None:
-    """Remove every application and end Serve on `head`."""
-    _call(head, "DELETE")
-
-
 def replicas(head: Service, application: str, deployment: str) -> int:
     """How many replicas of a deployment run."""
     found = _details(head).get("applications", {}).get(application, {}).get("deployments", {}).get(deployment, {})

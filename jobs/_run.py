@@ -21,7 +21,8 @@ import ray
 import ray.data
 
 from jobs import _stack
-from jobs._process import Service, stop
+from jobs._process import Service
+from jobs._stack import Stack
 from pipeline import config
 from pipeline.config import Strict
 from pipeline.data.datasets import DATA_ROOT
@@ -69,11 +70,12 @@ def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] 
     parser.add_argument("config", nargs="?", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file, for trying things")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.config and "=" in args.config:  # only overrides were given
         args.config, args.overrides = None, [args.config, *args.overrides]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` sends it: clean up as on Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # `ray job stop`, a lost terminal: clean up as on Ctrl-C
+        signal.signal(number, _interrupt)
     try:
         job = config.load(schema, args.config, args.overrides)
         if args.dry_run:
@@ -96,12 +98,8 @@ def ray_session(storage: Path, num_cpus: int) -> Iterator[None]:
         with _connected():
             yield
         return
-    head = _stack.ray_head(storage, num_cpus=num_cpus)
-    try:
-        with connected_to(head):
-            yield
-    finally:
-        stop(head)
+    with Stack(storage) as stack, connected_to(stack.ray(num_cpus=num_cpus)):
+        yield
 
 
 @contextmanager
@@ -125,15 +123,14 @@ def bundle_of(reference: str, uri: str, storage: Path) -> Bundle:
 
 @contextmanager
 def tracking_uri(storage: Path) -> Iterator[str]:
-    """The server that MLFLOW_TRACKING_URI names, or a local one on `storage`, stopped afterwards."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        yield uri
+    """The server that MLFLOW_TRACKING_URI names or that `make up` left running, else a local one for this job."""
+    kept = [service.address for service in Stack.kept(storage) if service.name == "MLflow"]
+    known = os.environ.get("MLFLOW_TRACKING_URI") or next(iter(kept), None)
+    if known is not None:
+        yield known
         return
-    server = _stack.mlflow_server(storage)
-    try:
-        yield server.address
-    finally:
-        stop(server)
+    with Stack(storage) as stack:
+        yield stack.mlflow().address
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -230,7 +230,8 @@ def attach(head: Service, **options: Any) -> None:
 def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str], timeout_s: float) -> Service:
     # Short, for the sockets' paths must stay under 108 bytes; Ray opens its own folder in it to everyone.
     scratch = Path(tempfile.mkdtemp(prefix="ventral-", dir="/tmp"))
-    ports = dict(zip(RAY_PORTS, free_ports(len(RAY_PORTS)), strict=True))
+    drawn = free_ports(len(RAY_PORTS) + len(SERVE_PORTS))  # at once, so that none is drawn twice
+    ports = dict(zip(RAY_PORTS, drawn[: len(RAY_PORTS)], strict=True))
     options = {
         "node-ip-address": LOOPBACK,
         "dashboard-host": LOOPBACK,
@@ -245,7 +246,7 @@ def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str]
     path = (
         f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # a job's `python` is this one
     )
-    whole = {**os.environ, "PATH": path, **RAY_ENV, **_serve_ports(scratch), **client, **env}
+    whole = {**os.environ, "PATH": path, **RAY_ENV, **_serve_ports(scratch, drawn[len(RAY_PORTS) :]), **client, **env}
     whole.pop("RAY_ADDRESS", None)
     log = (storage / "logs" / "ray.log").resolve()
     dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"
@@ -296,9 +297,9 @@ def _token(scratch: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
-def _serve_ports(scratch: Path) -> dict[str, str]:
+def _serve_ports(scratch: Path, drawn: Sequence[int]) -> dict[str, str]:
     """The ports and files that Ray Serve and the autoscaler would otherwise share with every Ray on the machine."""
-    ports = {name: str(port) for name, port in zip(SERVE_PORTS, free_ports(len(SERVE_PORTS)), strict=True)}
+    ports = {name: str(port) for name, port in zip(SERVE_PORTS, drawn, strict=True)}
     folder = scratch / "ha"  # short: a socket path holds 107 bytes, 57 of them the node id
     files = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": folder / "haproxy.cfg",

@@ -1,10 +1,11 @@
 """Serve a registered model on this machine, until Ctrl-C or, with keep=true, until `python -m jobs.down`.
 
-On a cluster, use Ray Serve's own `serve deploy serve/config.yaml`.
+It always starts a Ray of its own; the registry is that of MLFLOW_TRACKING_URI, else the one in `storage`.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jobs import _deploy
 from jobs._process import claim
 from jobs._run import Job, run
 from jobs._stack import Stack
+from pipeline.tracking import registry
 
 
 class Deploy(Job):
@@ -28,7 +30,7 @@ class Deploy(Job):
     model: str
     alias: str = "champion"
     port: int | None = Field(default=None, ge=1, le=65535)
-    num_cpus: int = 4
+    num_cpus: int = Field(default=4, ge=2)
     keep: bool = False
 
 
@@ -38,9 +40,10 @@ def deploy(job: Deploy) -> None:
     if job.port is not None:
         claim(job.port, "the endpoint")  # found before anything starts
     with Stack(job.store) as stack:
-        registry = stack.mlflow().address
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or stack.mlflow().address
+        registry.resolve(uri, f"{job.model}@{job.alias}")  # what is missing is found before Ray starts
         head = stack.ray(num_cpus=job.num_cpus)
-        config = _deploy.application(job.model, job.alias, registry, job.store)
+        config = _deploy.application(job.model, job.alias, uri, job.store)
         endpoint = _deploy.deploy(head, config, port=job.port)
         print(f"endpoint {endpoint}/predict/{job.model}")
         print(f"try      curl --data-binary @IMAGE {endpoint}/predict/{job.model}", flush=True)

@@ -44,11 +44,7 @@ def evaluate(job: Evaluate) -> None:
         ):
             tracked.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), job.split)
             report = measure(bundle, source, job.split, num_tasks=job.num_tasks)
-            report.write(job.store / job.report)
-            tracked.log_file(job.store / job.report)
-            tracked.log_metrics({f"final/{job.split}/{name}": value for name, value in report.metrics.items()}, step=0)
-            for name, figure in report.figures().items():
-                tracked.log_figure(f"figures/{job.split}-{name}", figure)
+            report.record(tracked, job.store / job.report)
     for name, value in report.metrics.items():
         print(f"{name:12} {value:.4f}")
     print(f"images       {report.num_images}")

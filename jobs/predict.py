@@ -46,7 +46,7 @@ class Predict(Job):
         if self.folder is not None:
             return bulk.from_folder(self.data_folder / self.folder)
         if self.list is not None:
-            return bulk.from_list(self.data_folder / self.list)
+            return bulk.from_list(self.data_folder / self.list, self.data_folder)
         assert self.shards is not None
         return bulk.from_shards(shards.load(self.store / self.shards), self.split)
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import Field
+
 from jobs._run import Job, progress, ray_session, run
 from pipeline.data import datasets
 from pipeline.data.datasets import AnyDataset
@@ -24,7 +26,7 @@ class Preprocess(Job):
     dataset: AnyDataset
     ingest: Ingest = Ingest()
     shards: Path
-    num_cpus: int = 2
+    num_cpus: int = Field(default=2, ge=1)
 
 
 def preprocess(job: Preprocess) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from jobs import _deploy
 from jobs._run import Job, connected_to, progress, run, stage
 from jobs._stack import Stack
@@ -14,6 +16,7 @@ from pipeline.data.ingest import Config as Ingest
 from pipeline.data.ingest import ingest
 from pipeline.evaluation import parity
 from pipeline.inference.client import Client
+from pipeline.tracking import registry
 from pipeline.training import experiment
 
 
@@ -22,17 +25,15 @@ class Quickstart(Job):
 
     Attributes:
         name: of the model and, with the time added, of the run.
-        num_cpus: logical CPUs of the local Ray: each training worker and each of its decoding tasks takes one.
         num_images: held-out images sent to the endpoint and compared with the offline evaluation.
         keep: leave MLflow, Ray and the endpoint running; `python -m jobs.down` stops them.
     """
 
-    name: str
+    name: str = Field(pattern=registry.NAME)
     dataset: AnyDataset
     ingest: Ingest = Ingest()
     training: experiment.Config
-    num_cpus: int = 4
-    num_images: int = 32
+    num_images: int = Field(default=32, ge=1)
     keep: bool = False
 
 
@@ -44,7 +45,7 @@ def quickstart(job: Quickstart) -> None:
     training = job.training.model_copy(update={"register_as": experiment.Registration(model=job.name)})
     with Stack(job.store) as stack:
         with stage("start MLflow and Ray", seconds):
-            mlflow, head = stack.mlflow(), stack.ray(num_cpus=job.num_cpus)
+            mlflow, head = stack.mlflow(), stack.ray(num_cpus=max(training.num_cpus(), 4))
         with connected_to(head):
             with stage("preprocess", seconds):
                 source = ingest(dataset, job.ingest, job.store / training.shards, progress("images"))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from jobs._run import Job, ray_session, run, tracking_uri
 from pipeline.data import shards
+from pipeline.tracking import registry
 from pipeline.training import experiment, launch
 
 
 class Train(Job):
     """One named run; its files go to `storage/runs/<name>`."""
 
-    name: str
+    name: str = Field(pattern=registry.NAME)
     training: experiment.Config
 
 
@@ -22,9 +24,7 @@ def train(job: Train) -> None:
     """Do it, and say where the result is."""
     launch.check_folder(job.store / "runs" / job.name, resume=job.training.resume)
     shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
-    cluster, reading = job.training.cluster, job.training.recipe.loading
-    num_cpus = math.ceil(cluster.num_workers * (cluster.cpus_per_worker + reading.num_tasks))
-    with tracking_uri(job.store) as uri, ray_session(job.store, num_cpus):
+    with tracking_uri(job.store) as uri, ray_session(job.store, job.training.num_cpus()):
         outcome = experiment.conduct(job.name, job.training, storage=job.store, uri=uri)
     for split, report in outcome.reports.items():
         print(f"{split:8} top-1 {report.metrics['top1']:.4f} of {report.num_images} images")

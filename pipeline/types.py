@@ -26,7 +26,7 @@ class Record:
 
     Attributes:
         image_id: unique within the dataset, stable between runs, with `/` as separator.
-        uri: local path or filesystem URI of the encoded image.
+        uri: local path of the encoded image.
         split: the part of the dataset it belongs to.
         label: index into the dataset's class names.
     """

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -69,25 +69,27 @@ class Task:
 def ingest(
     dataset: datasets.DatasetConfig, config: Config, destination: Path, progress: Progress = lambda done, total: None
 ) -> shards.Shards:
-    """Turn a dataset into shards at `destination`; a finished one made from the same configuration is left as it is.
+    """Turn a dataset into shards at `destination`; a finished one of the same files and configuration is left alone.
 
     Needs an initialised Ray.
 
     Raises:
         DataError: the dataset contradicts itself, too many images are undecodable, or `destination` holds other data.
     """
-    resolved = {"dataset": dataset.model_dump(mode="json"), "ingest": config.model_dump(mode="json")}
+    classes = datasets.class_names(dataset)
+    records = {split: list(datasets.records(dataset, split)) for split in dataset.splits}
+    resolved = {
+        "dataset": dataset.model_dump(mode="json"),
+        "ingest": config.model_dump(mode="json"),
+        "files_sha256": _listing(records),
+    }
     if destination.exists():
         return _existing(destination, resolved)
-    classes = datasets.class_names(dataset)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+    partial.chmod(0o755)
     try:
-        tasks = [
-            task
-            for split in dataset.splits
-            for task in _plan(list(datasets.records(dataset, split)), split, partial, config)
-        ]
+        tasks = [task for split, found in records.items() for task in _plan(found, split, partial, config)]
         made = list(_run(tasks, config, progress))
         rejects = [reject | {"class_name": classes[reject["label"]]} for result in made for reject in result["rejects"]]
         _check_rejects(rejects, sum(len(task.records) for task in tasks), config)
@@ -183,11 +185,24 @@ def _run(tasks: list[Task], config: Config, progress: Progress) -> list[dict[str
     return [results[number] for number in range(len(tasks))]
 
 
+def _listing(records: dict[Split, list[Record]]) -> str:
+    """A digest of what there is to read: ids, labels and sizes, without reading it."""
+    rows = [
+        (record.image_id, record.label, Path(record.uri).stat().st_size)
+        for found in records.values()
+        for record in found
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def _existing(destination: Path, resolved: dict[str, Any]) -> shards.Shards:
+    if not (destination / shards.MANIFEST).is_file():
+        raise DataError(f"{destination}: is there already and is no dataset; choose another folder or delete this one")
     found = shards.load(destination)
     if found.manifest.config != resolved:
         raise DataError(
-            f"{destination}: holds a dataset made from another configuration; choose another folder or delete this one"
+            f"{destination}: holds a dataset made from other files or another configuration; choose another folder "
+            "or delete this one"
         )
     return found
 

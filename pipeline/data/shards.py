@@ -69,8 +69,8 @@ class Manifest(Strict):
         classes: class names; a label is an index into them.
         class_counts: images of each class, per split.
         num_rejects: images left out, each with its reason in `rejects.parquet`.
-        digest: sha256 over every row's id, label and original bytes: two manifests with one digest hold the same data,
-            however it was cut into shards.
+        digest: sha256 over every row's id, label and original bytes: two manifests with one digest were made from the
+            same data, however it was cut into shards or resized for training.
         decoding: which images were accepted, and how they were read.
         config: the resolved configuration it was made with.
         tool_versions: the libraries that read and wrote the pixels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.figure
 import numpy as np
@@ -10,6 +11,9 @@ import numpy as np
 from pipeline.config import Strict
 from pipeline.evaluation.classify import Counts
 from pipeline.types import Split
+
+if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of it
+    from pipeline.tracking.runs import Run
 
 
 class PerClass(Strict):
@@ -67,6 +71,14 @@ class Report(Strict):
         """Write as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    def record(self, run: Run, path: Path) -> None:
+        """Write as JSON to `path`, and log that, the metrics and the figures to a run."""
+        self.write(path)
+        run.log_file(path)
+        run.log_metrics({f"final/{self.split}/{name}": value for name, value in self.metrics.items()}, step=0)
+        for name, figure in self.figures().items():
+            run.log_figure(f"figures/{self.split}-{name}", figure)
 
     def figures(self) -> dict[str, matplotlib.figure.Figure]:
         """The confusion matrix and the recall per class, by file name."""

@@ -23,6 +23,7 @@ import ray
 import ray.data
 
 from pipeline.data import shards
+from pipeline.data.datasets.image_folder import visible_files
 from pipeline.errors import DataError, ImageError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
@@ -50,6 +51,7 @@ class Inputs:
     ids: tuple[str, ...] = ()
     shards: tuple[tuple[str, int, int], ...] = ()
     num_images: int = 0
+    digest: str = ""
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ImageError]]:
         """Ids and bytes of the images `start` to `stop`."""
@@ -64,20 +66,28 @@ def from_folder(folder: Path) -> Inputs:
     """Every file below a folder, hidden ones left out, by path."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give one that holds images")
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return _of_files(sorted(str(path) for path in files), str(folder))
+    return _of_files(sorted(str(path) for path in visible_files(folder)), str(folder))
 
 
 def from_shards(source: shards.Shards, split: Split) -> Inputs:
-    """Every row of a split."""
+    """Every row of a split.
+
+    Raises:
+        DataError: a shard is not what the manifest says.
+    """
+    shards.check(source, split)
     files = source.manifest.of(split)
     bounds = np.cumsum([0, *(shard.num_rows for shard in files)]).tolist()
     located = tuple((str(source.path / shard.name), *span) for shard, span in zip(files, pairwise(bounds), strict=True))
-    return Inputs(shards=located, num_images=bounds[-1])
+    return Inputs(shards=located, num_images=bounds[-1], digest=source.manifest.digest)
 
 
-def from_list(path: Path) -> Inputs:
-    """Paths from the column `uri` of a Parquet or CSV file, or the lines of a text file."""
+def from_list(path: Path, folder: Path) -> Inputs:
+    """Local paths from the column `uri` of a Parquet or CSV file, or the lines of a text file; relative to `folder`.
+
+    Raises:
+        DataError: the list cannot be read, is empty, or names what is no local path.
+    """
     try:
         if path.suffix == ".parquet":
             uris = pq.read_table(path, columns=["uri"]).column("uri").to_pylist()
@@ -88,7 +98,10 @@ def from_list(path: Path) -> Inputs:
             uris = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path}: expected a list of image paths (column 'uri', or one a line): {error}") from None
-    return _of_files(uris, str(path))
+    remote = [uri for uri in uris if "://" in uri and not uri.startswith("file://")]
+    if remote:
+        raise DataError(f"{path}: expected local paths, got {remote[0]}; copy the images to a folder first")
+    return _of_files([str(folder / uri.removeprefix("file://").strip()) for uri in uris], str(path))
 
 
 def predict(
@@ -169,7 +182,7 @@ class _Worker:
 
 def _claim(destination: Path, bundle: Bundle, inputs: Inputs, top_k: int, images_per_part: int) -> None:
     """Make the folder, or check that it was begun for the same work."""
-    listing = hashlib.sha256(json.dumps([inputs.ids, inputs.shards, inputs.num_images]).encode()).hexdigest()
+    listing = hashlib.sha256(json.dumps([inputs.ids, inputs.shards, inputs.digest]).encode()).hexdigest()
     plan = {
         "inputs_sha256": listing,
         "weights_sha256": bundle.card.weights_sha256,
@@ -179,7 +192,9 @@ def _claim(destination: Path, bundle: Bundle, inputs: Inputs, top_k: int, images
     path = destination / PLAN
     if not path.exists():
         destination.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan, indent=2) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(plan, indent=2) + "\n")
+        partial.rename(path)
         return
     begun = json.loads(path.read_text())
     changed = [key for key, value in plan.items() if begun.get(key) != value]

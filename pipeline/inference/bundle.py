@@ -34,7 +34,7 @@ class Card(Strict):
     Attributes:
         classes: class names; a label is an index into them.
         metrics: figures by name (`val/top1`, ...), as measured when the bundle was made.
-        provenance: where it came from: commit, dataset digest, run, versions.
+        provenance: where it came from: commit, dataset and its digest, run.
     """
 
     schema_version: Literal[1] = 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -50,7 +51,11 @@ SIGNATURE = ModelSignature(
     params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
 )
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a registered model may be called; it becomes a folder's name too."""
+ALIAS = r"^[A-Za-z][A-Za-z0-9_-]*$"
+"""What an alias may look like; words that read like versions are refused beside it."""
+_NAME = re.compile(NAME)
 _ALIAS = re.compile(r"(?!(\d+|v\d+|latest)$)[a-z0-9][a-z0-9_-]*", re.IGNORECASE)  # MLflow itself takes digits
 _REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -223,7 +228,12 @@ def _log_metrics(client: MlflowClient, model_id: str, run_id: str, made: Bundle)
     dataset, content = made.card.provenance.get("dataset"), made.card.provenance.get("dataset_digest")
     known = (dataset, content[:DIGEST_CHARS]) if dataset and content else (None, None)
     now_ms = time.time_ns() // 1_000_000
-    metrics = [Metric(key, value, now_ms, 0, model_id, *known, run_id) for key, value in made.card.metrics.items()]
+    # Under names of their own: the run's curves must not get a second point at step 0.
+    metrics = [
+        Metric(f"model/{key}", value, now_ms, 0, model_id, *known, run_id)
+        for key, value in made.card.metrics.items()
+        if math.isfinite(value)
+    ]
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     client.log_batch(run_id, metrics=metrics)
 

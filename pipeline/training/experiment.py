@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import Field
 
 from pipeline import provenance
 from pipeline.config import Strict, dump, flatten
@@ -26,8 +29,8 @@ log = logging.getLogger("ventral.training")
 class Registration(Strict):
     """Under which name a finished model is registered, and which alias moves to it (None: none moves)."""
 
-    model: str
-    alias: str | None = registry.CHAMPION
+    model: str = Field(pattern=registry.NAME)
+    alias: str | None = Field(default=registry.CHAMPION, pattern=registry.ALIAS)
 
 
 class Config(Strict):
@@ -36,17 +39,22 @@ class Config(Strict):
     Attributes:
         shards: the dataset; a relative path lies in the job's `storage`.
         evaluate: splits that the finished model is measured on.
-        register: None leaves the registry alone.
+        register_as: None leaves the registry alone.
         resume: go on from the newest checkpoint of a run of this name.
     """
 
     shards: Path
     recipe: Recipe
     cluster: launch.Cluster = launch.Cluster()
-    evaluate: tuple[Split, ...] = ("val",)
+    evaluate: tuple[Split, ...] = Field(default=("val",), min_length=1)
     tracking: runs.Config
     register_as: Registration | None = None
     resume: bool = False
+
+    def num_cpus(self) -> int:
+        """Logical CPUs that the workers and their decoding tasks take together."""
+        reading = self.recipe.loading.num_tasks if self.recipe.loading.reader == "ray" else 0
+        return math.ceil(self.cluster.num_workers * (self.cluster.cpus_per_worker + reading))
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,10 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
     source = shards.load(storage / config.shards)
     folder = storage / "runs" / name
     launch.check_folder(folder, resume=config.resume)
-    for split in {"train", "val", *config.evaluate}:
-        shards.check(source, split)
+    used: tuple[Split, ...] = ("train", "val")
+    for split in used:
+        if split not in config.evaluate:  # those are checked when they are evaluated
+            shards.check(source, split)
     tracking = config.tracking.model_copy(update={"run_name": config.tracking.run_name or name})
     tags = {"dataset_digest": source.manifest.digest, "seed": str(config.recipe.seed)}
     seconds: dict[str, float] = {}
@@ -92,11 +102,7 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
 
 def _evaluate(bundle: Bundle, source: shards.Shards, split: Split, folder: Path, run: runs.Run) -> Report:
     report = evaluation.evaluate(bundle, source, split)
-    report.write(folder / f"report-{split}.json")
-    run.log_file(folder / f"report-{split}.json")
-    run.log_metrics({f"final/{split}/{name}": value for name, value in report.metrics.items()}, step=0)
-    for name, figure in report.figures().items():
-        run.log_figure(f"figures/{split}-{name}", figure)
+    report.record(run, folder / f"report-{split}.json")
     log.info("%s: %s", split, "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items()))
     return report
 

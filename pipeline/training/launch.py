@@ -24,7 +24,8 @@ class Cluster(Strict):
 
     Attributes:
         gpu: one GPU for each worker (nccl); without, CPUs only (gloo).
-        max_failures: how often lost workers are replaced; training goes on from the newest checkpoint.
+        max_failures: how often the workers are started anew after a failure of any kind; training then goes on from
+            the newest checkpoint.
     """
 
     num_workers: int = Field(default=1, ge=1)
@@ -91,7 +92,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     """
     if resume and checkpoint.latest(folder / "checkpoints") is None:
         raise ConfigError(f"{folder}: holds no checkpoint to resume from; leave resume out to start anew")
-    if not resume and folder.exists():
+    if not resume and ((folder / "checkpoints").exists() or (folder / "bundle").exists()):
         raise ConfigError(f"{folder}: holds an earlier run; choose another name, delete it, or set resume=true")
 
 

@@ -81,8 +81,11 @@ def fit(
     device: torch.device | str = "cpu",
     checkpoints: Path | None = None,
     observe: Callable[[Epoch], None] = lambda epoch: None,
-) -> None:
+) -> dict[str, float]:
     """Train `model` in place, from its newest checkpoint if there is one, and leave it in evaluation mode.
+
+    Returns:
+        The metrics of the epoch whose weights the model is left with.
 
     Raises:
         ModelError: the loss is not finite; the checkpoints before it remain.
@@ -102,13 +105,15 @@ def fit(
         num_classes = len(loader.source.manifest.classes)
         counts = all_reduce(evaluate(model, loader.evaluate("val"), num_classes, device, recipe.precision))
         metrics |= {f"val/{name}": value for name, value in counts.metrics().items()}
-        state = _advance(state, model, optimizer, epoch + 1, metrics["val/top1"])
+        state = _advance(state, model, optimizer, epoch + 1, metrics, keep_best=recipe.keep_best)
         if checkpoints is not None and _rank() == 0:
             checkpoint.save(checkpoints, epoch + 1, state)
         observe(Epoch(epoch + 1, recipe.epochs, metrics, seconds))
-    if recipe.keep_best:
-        model.load_state_dict(state["best"])
     model.eval()
+    if not recipe.keep_best:
+        return dict(state["metrics"])
+    model.load_state_dict(state["best"]["model"])
+    return dict(state["best"]["metrics"])
 
 
 def _train_epoch(
@@ -174,7 +179,7 @@ def _resume(
     """The state to go on from: that of the newest checkpoint, loaded into model and optimiser, or a fresh one."""
     path = checkpoint.latest(checkpoints) if checkpoints is not None else None
     if path is None:
-        return {"epoch": 0, "best_top1": -1.0, "best": {}}
+        return {"epoch": 0, "metrics": {}, "best": {}}
     state = checkpoint.load(path, device)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -182,18 +187,19 @@ def _resume(
 
 
 def _advance(
-    state: dict[str, Any], model: Classifier, optimizer: torch.optim.Optimizer, epoch: int, top1: float
+    state: dict[str, Any],
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    metrics: dict[str, float],
+    *,
+    keep_best: bool,
 ) -> dict[str, Any]:
     """The state after an epoch. The best weights are copied: those of the model go on changing."""
-    weights = model.state_dict()
-    better = top1 > state["best_top1"]
-    return {
-        "epoch": epoch,
-        "model": weights,
-        "optimizer": optimizer.state_dict(),
-        "best_top1": top1 if better else state["best_top1"],
-        "best": {name: value.clone() for name, value in weights.items()} if better else state["best"],
-    }
+    weights, best = model.state_dict(), state["best"]
+    if keep_best and metrics["val/top1"] > best.get("metrics", {}).get("val/top1", -1.0):
+        best = {"metrics": metrics, "model": {name: value.clone() for name, value in weights.items()}}
+    return {"epoch": epoch, "metrics": metrics, "model": weights, "optimizer": optimizer.state_dict(), "best": best}
 
 
 def _seed_epoch(seed: int, epoch: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from pipeline.config import Strict
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Config(Strict):
@@ -23,12 +25,12 @@ class Config(Strict):
         clip_norm: largest L2 norm of the gradient of all parameters; None leaves it alone.
     """
 
-    lr: float = Field(default=0.01, gt=0)
+    lr: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["constant", "step", "cosine"] = "cosine"
-    step_at: tuple[float, ...] = (1 / 3, 2 / 3)
+    step_at: tuple[Share, ...] = (1 / 3, 2 / 3)
     step_factor: float = Field(default=0.1, gt=0, lt=1)
     warmup_epochs: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)

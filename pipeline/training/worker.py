@@ -43,8 +43,8 @@ class Assignment:
     tracking: tuple[str, str] | None = None
 
 
-def work(config: dict[str, Assignment]) -> dict[str, float]:
-    """Train on this worker; rank 0 writes the bundle and returns the last epoch's metrics."""
+def work(config: dict[str, Assignment]) -> None:
+    """Train on this worker; rank 0 writes the bundle."""
     assignment, context = config["assignment"], ray.train.get_context()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # one pipeline per epoch, each with its own announcement
@@ -63,16 +63,15 @@ def work(config: dict[str, Assignment]) -> dict[str, float]:
         world_size=world_size,
     )
     run = _attach(*assignment.tracking) if assignment.tracking and rank == 0 else None
-    last: dict[str, float] = {}
 
     def observe(epoch: Epoch) -> None:
-        last.update(epoch.metrics)
         if rank == 0:
             log.info("%s", describe(epoch))
         if run is not None:
             run.log_metrics(epoch.metrics, step=epoch.number)
 
-    fit(model, loader, recipe, device=device, checkpoints=assignment.folder / "checkpoints", observe=observe)
+    checkpoints = assignment.folder / "checkpoints"
+    metrics = fit(model, loader, recipe, device=device, checkpoints=checkpoints, observe=observe)
     if rank == 0:
         bundle.save(
             assignment.folder / "bundle",
@@ -80,10 +79,9 @@ def work(config: dict[str, Assignment]) -> dict[str, float]:
             assignment.model,
             classes=source.manifest.classes,
             decoding=source.manifest.decoding,
-            metrics=last,
+            metrics=metrics,
             provenance=assignment.provenance | {"dataset_digest": source.manifest.digest},
         )
-    return last
 
 
 def _attach(uri: str, run_id: str) -> Run:

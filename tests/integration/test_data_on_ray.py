@@ -201,7 +201,7 @@ def test_bulk_prediction_of_shards_equals_that_of_their_files(
     root = Path(str(made.manifest.config["dataset"]["root"]))
     listing = tmp_path / "list.csv"
     listing.write_text("uri\n" + "\n".join(str(root / name) for name in by_id) + f"\n{tmp_path / 'gone.jpg'}\n")
-    of_list = bulk.predict(model, bulk.from_list(listing), tmp_path / "b", images_per_part=1000)
+    of_list = bulk.predict(model, bulk.from_list(listing, tmp_path), tmp_path / "b", images_per_part=1000)
     *rows, gone = pq.read_table(next(of_list.glob("part-*"))).to_pylist()
     assert "cannot be read" in gone["error"]
     assert len(rows) == NUM_VAL

@@ -358,7 +358,7 @@ def test_publish_records_checksums_dataset_and_figures(published: Published, cli
     assert tags["dataset_digest"] == "c" * 64
     best = client.search_logged_models(
         [published.run.experiment_id],
-        filter_string="metrics.`val/top1` > 1",
+        filter_string="metrics.`model/val/top1` > 1",
         datasets=[{"dataset_name": "digits", "dataset_digest": "c" * 36}],
     )
     assert [model.source_run_id for model in best] == [published.run.id]

@@ -54,16 +54,18 @@ def records(config: Config, split: Split) -> Iterator[Record]:
     root = folder_of(config)
     for label, name in enumerate(class_names(config)):
         folder = root / split / name
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
+        files = sorted(visible_files(folder))
         if not files:
             raise DataError(f"{folder}: the class '{name}' has no image; add some or remove its folders")
         for path in files:
             yield Record(path.relative_to(root).as_posix(), str(path), split, label)
 
 
-def _hidden(path: Path) -> bool:
-    """Whether the file, or a folder on the way to it (`.ipynb_checkpoints`), is hidden."""
-    return any(part.startswith(".") for part in path.parts)
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, except where it or a folder on the way to it (`.ipynb_checkpoints`) is hidden."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _folders(folder: Path) -> list[str]:

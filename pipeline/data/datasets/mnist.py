@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.data.datasets import ArraysConfig, folder_of
 from pipeline.data.datasets._arrays import write_once
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.types import Record, Split, UInt8Array
 
 NUM_VAL = 5_000
@@ -28,7 +28,7 @@ class Config(ArraysConfig):
     """`root` holds `raw/`.
 
     Attributes:
-        download: fetch the files into `root` if they are missing.
+        download: fetch the files into `root`, which must be called MNIST then, if they are missing.
     """
 
     name: Literal["mnist"] = "mnist"
@@ -46,6 +46,8 @@ def class_names(config: Config) -> tuple[str, ...]:
 def records(config: Config, split: Split) -> Iterator[Record]:
     """Write the PNG files of one split where they are missing, and name them."""
     if config.download and config.root is not None:
+        if config.root.name != "MNIST":
+            raise ConfigError(f"dataset.root {config.root}: a download goes to a folder called MNIST; name it so")
         from torchvision.datasets import MNIST  # noqa: PLC0415  (brings torch, which ingest must not import)
 
         MNIST(str(config.root.parent), download=True)
