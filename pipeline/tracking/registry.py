@@ -41,7 +41,7 @@ CHAMPION = "champion"
 DIGEST_TAG = "bundle_sha256"
 MODEL_CODE = Path(__file__).with_name("pyfunc.py")
 LIBRARY = Path(__file__).resolve().parents[1]
-ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__")
+ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__", "README.md")
 """Rooms that the predictor cannot need, for they stand above it; they are not copied into a version."""
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow", "simplejpeg", "pydantic", "pyyaml", "safetensors")

@@ -63,7 +63,10 @@ def published(mlflow_server: Service, tmp_path_factory: pytest.TempPathFactory) 
         models.config_of("alexnet"),
         {"name": "alexnet", "num_classes": len(CLASSES), "fc_features": 64, "init": "kaiming"},
     )
-    made = bundle.save(tmp_path_factory.mktemp("bundles") / "bundle", models.build(config), config, classes=CLASSES)
+    model = models.build(config)
+    output = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    torch.nn.init.normal_(output.weight, std=3.0)  # a net that has an opinion
+    made = bundle.save(tmp_path_factory.mktemp("bundles") / "bundle", model, config, classes=CLASSES)
     with runs.start(mlflow_server.address, runs.Config(experiment=NAME), params={}, tags={}) as run:
         version = registry.publish(run, made, NAME)
     registry.promote(mlflow_server.address, NAME, version.version)
