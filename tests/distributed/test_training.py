@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
@@ -120,30 +116,7 @@ def test_number_of_classes_that_the_shards_do_not_have_is_refused(source: shards
         launch.fitted(config, source)
 
 
-@pytest.mark.usefixtures("cluster")
-def test_gpu_workers_get_one_logical_gpu_each(tmp_path: Path) -> None:
-    def probe_device(config: dict[str, str]) -> None:
-        """Write down which device this worker was given, on a machine that pretends to have GPUs."""
-        torch.cuda.is_available = lambda: True
-        torch.cuda.device_count = lambda: 1
-        torch.cuda.set_device = lambda device: None
-        context = ray.train.get_context()
-        found = {
-            "gpu": os.environ["CUDA_VISIBLE_DEVICES"],
-            "device": str(ray.train.torch.get_device()),
-            "local_rank": context.get_local_rank(),
-        }
-        (Path(config["folder"]) / str(context.get_world_rank())).write_text(json.dumps(found))
-
-    scaling = launch.scaling(launch.Cluster(num_workers=2, gpu=True))
-    ray.train.torch.TorchTrainer(
-        probe_device,
-        train_loop_config={"folder": str(tmp_path)},
-        scaling_config=scaling,
-        torch_config=ray.train.torch.TorchConfig(backend="gloo"),
-        run_config=ray.train.RunConfig(name="probe", storage_path=str(tmp_path / "ray")),
-    ).fit()
-    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
-    assert {row["gpu"] for row in found} == {"0", "1"}
-    assert [row["device"] for row in found] == ["cuda:0", "cuda:0"]  # each sees only its own
-    assert launch.scaling(launch.Cluster(num_workers=2)).use_gpu is False
+def test_gpu_workers_ask_for_one_gpu_each() -> None:
+    scaling = launch.scaling(launch.Cluster(num_workers=2, cpus_per_worker=3, gpu=True))
+    assert (scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker) == (2, True, {"CPU": 3, "GPU": 1})
+    assert launch.scaling(launch.Cluster()).resources_per_worker == {"CPU": 1}
