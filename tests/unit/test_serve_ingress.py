@@ -104,7 +104,7 @@ def test_predict_without_top_k_asks_for_five_or_all_classes() -> None:
         (Refused("format", "no"), 415, "image_format", None),
         (Refused("pixels", "no"), 422, "image_pixels", None),
         (BackPressureError(9, 8), 429, "overloaded", "1"),
-        (ValueError("secret /root/path"), 500, "internal", None),
+        (ValueError("secret /srv/path"), 500, "internal", None),
         (TimeoutError(), 504, "timeout", None),
     ],
 )
