@@ -15,9 +15,78 @@ import numpy.typing as npt
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class RunLengths:
+    """A binary mask as lengths of runs of 0 and 1 in turn, down the columns, 0 first (COCO's uncompressed RLE).
+
+    Attributes:
+        size_hw: height and width of the mask.
+        counts: the lengths; they add up to height x width.
+    """
+
+    size_hw: tuple[int, int]
+    counts: tuple[int, ...]
+
+
+Polygons = tuple[tuple[float, ...], ...]
+"""Outlines of one object, each `(x0, y0, x1, y1, ...)` in continuous pixels."""
+Region = Polygons | RunLengths
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objects:
+    """The labelled boxes of one image, N of them.
+
+    Attributes:
+        boxes_xyxy: float32 [N, 4], half-open, in pixels of the upright original image, or of `frame_hw`.
+        labels: int64 [N], indices into the dataset's class names.
+        difficult: bool [N]: too hard to count for or against a detector (Pascal VOC).
+        truncated: bool [N]: reaches beyond the image.
+        crowd: bool [N]: a group of objects under one box (COCO).
+        regions: the outline of each object, or nothing.
+        frame_hw: height and width of the picture that the boxes were measured in, where that may not be the image:
+            ingest scales them to the image. (1, 1) where they are shares of height and width.
+    """
+
+    boxes_xyxy: Float32Array
+    labels: Int64Array
+    difficult: BoolArray
+    truncated: BoolArray
+    crowd: BoolArray
+    regions: tuple[Region, ...] = ()
+    frame_hw: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not belong together."""
+        num = len(self.labels)
+        flags = (self.difficult, self.truncated, self.crowd)
+        if self.boxes_xyxy.shape != (num, 4) or any(flag.shape != (num,) for flag in flags):
+            raise ValueError(f"expected boxes [N, 4] and N labels and flags, got {self.boxes_xyxy.shape} and {num}")
+        if len(self.regions) not in (0, num):
+            raise ValueError(f"expected a region for each of {num} objects or none, got {len(self.regions)}")
+
+    def __eq__(self, other: object) -> bool:
+        """Compare arrays by their values."""
+        if not isinstance(other, Objects):
+            return NotImplemented
+        pairs = ((getattr(self, name), getattr(other, name)) for name in _OBJECT_ARRAYS)
+        same = all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        return same and (self.regions, self.frame_hw) == (other.regions, other.frame_hw)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        """Return the number of objects."""
+        return len(self.labels)
+
+
+_OBJECT_ARRAYS = ("boxes_xyxy", "labels", "difficult", "truncated", "crowd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +95,23 @@ class Record:
 
     Attributes:
         image_id: unique within the dataset, stable between runs, with `/` as separator.
-        uri: local path of the encoded image.
+        uri: where the encoded image lies: a local path or a URL (`pipeline.storage`).
         split: the part of the dataset it belongs to.
-        label: index into the dataset's class names.
+        label: index into the dataset's class names; None where the image as a whole has no class.
+        byte_range: (offset, length) of the image in the file at `uri`, where that holds more (a tar).
+        objects: what is in the image and where; None where that was not annotated.
+        mask_uri: where its mask lies, a PNG of class indices: 0 is background, 1 + label a class, 255 not to be judged.
+        size_bytes: of the encoded image as it was listed; 0 where the listing does not tell.
     """
 
     image_id: str
     uri: str
     split: Split
-    label: int
+    label: int | None = None
+    byte_range: tuple[int, int] | None = None
+    objects: Objects | None = None
+    mask_uri: str | None = None
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import ray
 import ray.data
 
 from pipeline.data import shards
-from pipeline.data.datasets.image_folder import visible_files
+from pipeline.data.datasets.image_folder import walk
 from pipeline.errors import DataError, ImageError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
@@ -66,7 +66,7 @@ def from_folder(folder: Path) -> Inputs:
     """Every file below a folder, hidden ones left out, by path."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give one that holds images")
-    return _of_files(sorted(str(path) for path in visible_files(folder)), str(folder))
+    return _of_files([file.uri for file in walk(str(folder))], str(folder))
 
 
 def from_shards(source: shards.Shards, split: Split) -> Inputs:

@@ -175,19 +175,19 @@ def test_at_takes_data_root_then_the_environment_then_the_working_directory(
     config = image_folder.Config(root=Path("photos"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VENTRAL_DATA", raising=False)
-    assert config.at(None, Path("storage")).root == tmp_path / "photos"
+    assert config.at(None, Path("storage")).root == str(tmp_path / "photos")
     monkeypatch.setenv("VENTRAL_DATA", "/env")
-    assert config.at(None, Path("storage")).root == Path("/env/photos")
-    assert config.at(Path("/given"), Path("storage")).root == Path("/given/photos")
+    assert config.at(None, Path("storage")).root == "/env/photos"
+    assert config.at(Path("/given"), Path("storage")).root == "/given/photos"
 
 
 def test_at_keeps_absolute_paths_expands_home_and_puts_arrays_into_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert image_folder.Config(root=Path("/abs")).at(Path("/given"), Path("/s")).root == Path("/abs")
-    assert image_folder.Config(root=Path("~/x")).at(Path("/given"), Path("/s")).root == tmp_path / "x"
-    assert image_folder.Config(root=Path("x")).at(Path("~/d"), Path("/s")).root == tmp_path / "d/x"
+    assert image_folder.Config(root=Path("/abs")).at(Path("/given"), Path("/s")).root == "/abs"
+    assert image_folder.Config(root=Path("~/x")).at(Path("/given"), Path("/s")).root == str(tmp_path / "x")
+    assert image_folder.Config(root=Path("x")).at(Path("~/d"), Path("/s")).root == str(tmp_path / "d/x")
     assert image_folder.Config().at(Path("/given"), Path("/s")).root is None
     placed = digits.Config().at(Path("/given"), Path("/s"))
     assert isinstance(placed, digits.Config)

@@ -16,8 +16,10 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
+from pipeline import storage
 from pipeline.config import ByName, Strict, nearest
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import Location
 from pipeline.types import Record, Split
 
 DATA_ROOT = "VENTRAL_DATA"
@@ -27,13 +29,14 @@ class DatasetConfig(Strict):
     """Keys that every dataset has; each `Config` narrows `name` to its file's name.
 
     Attributes:
-        root: the dataset's folder. A relative one lies in the job's `data_root`, which is the folder that the
-            environment variable VENTRAL_DATA names unless the configuration does, else the working directory.
+        root: the dataset's folder, local or in a bucket (`s3://`, `gs://`). A relative one lies in the job's
+            `data_root`, which is the folder that the environment variable VENTRAL_DATA names unless the configuration
+            does, else the working directory.
         splits: the parts to read.
     """
 
     name: str
-    root: Path | None = None
+    root: Location | None = None
     splits: tuple[Split, ...] = Field(default=("train", "val"), min_length=1)
 
     @field_validator("splits")
@@ -43,12 +46,12 @@ class DatasetConfig(Strict):
             raise ValueError("expected each split once")
         return splits
 
-    def at(self, data_root: Path | None, storage: Path) -> DatasetConfig:
-        """The same configuration with absolute paths: `root` in the data root, what is written in `storage`."""
-        base = (data_root or Path(os.environ.get(DATA_ROOT, "."))).expanduser()
-        paths = {"root": None if self.root is None else (base / self.root.expanduser()).absolute()}
+    def at(self, data_root: Path | None, store: Path) -> DatasetConfig:
+        """The same configuration with absolute paths: `root` in the data root, what is written in `store`."""
+        base = data_root or Path(os.environ.get(DATA_ROOT, "."))
+        paths: dict[str, Any] = {"root": None if self.root is None else storage.absolute(self.root, base)}
         if isinstance(self, ArraysConfig):
-            paths["png"] = (storage / self.png.expanduser()).absolute()
+            paths["png"] = (store / self.png.expanduser()).absolute()
         return self.model_copy(update=paths)
 
 
@@ -82,8 +85,8 @@ def records(config: DatasetConfig, split: Split) -> Iterator[Record]:
     return cast(Iterator[Record], _module(config.name).records(config, split))
 
 
-def folder_of(config: DatasetConfig) -> Path:
-    """The dataset's folder, which must exist.
+def folder_of(config: DatasetConfig) -> str:
+    """The location of the dataset's folder, which must exist.
 
     Raises:
         ConfigError: `root` is not given.
@@ -91,7 +94,14 @@ def folder_of(config: DatasetConfig) -> Path:
     """
     if config.root is None:
         raise ConfigError(f"dataset '{config.name}': root is missing; give the folder, for example dataset.root=photos")
-    if not config.root.is_dir():
+    try:
+        found = storage.is_folder(config.root)
+    except OSError as error:
+        raise DataError(
+            f"dataset '{config.name}': {config.root} cannot be reached: {storage.reason(error)}; check the address, "
+            "the credentials and the endpoint in the environment"
+        ) from None
+    if not found:
         raise DataError(
             f"dataset '{config.name}': {config.root} is not a folder; set dataset.root, data_root or the environment "
             f"variable {DATA_ROOT}"

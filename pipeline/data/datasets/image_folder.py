@@ -7,9 +7,9 @@ Classes are the folder names, sorted as text; every split must have the same one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
+from pipeline import storage
 from pipeline.data.datasets import DatasetConfig, folder_of
 from pipeline.errors import DataError
 from pipeline.types import Record, Split
@@ -29,9 +29,9 @@ def class_names(config: Config) -> tuple[str, ...]:
     """
     root = folder_of(config)
     first, *others = config.splits
-    expected = _folders(root / first)
+    expected = _folders(storage.join(root, first))
     for split in others:
-        found = _folders(root / split)
+        found = _folders(storage.join(root, split))
         extra, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
         if extra or missing:
             raise DataError(
@@ -42,36 +42,47 @@ def class_names(config: Config) -> tuple[str, ...]:
                 )
                 + "; move the odd folders away"
             )
-    return tuple(expected)
+    return tuple(map(storage.printable, expected))
 
 
 def records(config: Config, split: Split) -> Iterator[Record]:
     """Every file of one split, by class and path.
 
     Raises:
-        DataError: a class has no file.
+        DataError: a class has no file, or a folder cannot be listed.
     """
     root = folder_of(config)
-    for label, name in enumerate(class_names(config)):
-        folder = root / split / name
-        files = sorted(visible_files(folder))
-        if not files:
+    class_names(config)  # the splits agree
+    for label, name in enumerate(_folders(storage.join(root, split))):
+        folder, empty = storage.join(root, split, name), True
+        for file in walk(folder):
+            empty = False
+            image_id = f"{split}/{storage.printable(name)}/{file.name}"
+            yield Record(image_id, file.uri, split, label, size_bytes=file.size_bytes)
+        if empty:
             raise DataError(f"{folder}: the class '{name}' has no image; add some or remove its folders")
-        for path in files:
-            yield Record(path.relative_to(root).as_posix(), str(path), split, label)
 
 
-def visible_files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, except where it or a folder on the way to it (`.ipynb_checkpoints`) is hidden."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
+def walk(folder: str) -> Iterator[storage.File]:
+    """Every visible file below a folder.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    try:
+        yield from storage.walk(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be listed: {storage.reason(error)}") from None
 
 
-def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected {folder.parent}/<split>/<class>/<images>")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _folders(folder: str) -> list[str]:
+    if not storage.is_folder(folder):
+        parent = folder.rsplit("/", 1)[0]
+        raise DataError(f"{folder} is not a folder; expected {parent}/<split>/<class>/<images>")
+    try:
+        found = storage.folders(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {storage.reason(error)}") from None
     if len(found) < 2:
         raise DataError(f"{folder}: expected at least two class folders, found {len(found)}")
     return found

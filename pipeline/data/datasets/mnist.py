@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.data.datasets import ArraysConfig, folder_of
 from pipeline.data.datasets._arrays import write_once
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import Location
 from pipeline.types import Record, Split, UInt8Array
 
 NUM_VAL = 5_000
@@ -32,7 +33,7 @@ class Config(ArraysConfig):
     """
 
     name: Literal["mnist"] = "mnist"
-    root: Path | None = Path("MNIST")
+    root: Location | None = "MNIST"
     splits: tuple[Split, ...] = ("train", "val", "test")
     png: Path = Path("mnist")
     download: bool = False
@@ -46,12 +47,12 @@ def class_names(config: Config) -> tuple[str, ...]:
 def records(config: Config, split: Split) -> Iterator[Record]:
     """Write the PNG files of one split where they are missing, and name them."""
     if config.download and config.root is not None:
-        if config.root.name != "MNIST":
+        if Path(config.root).name != "MNIST":
             raise ConfigError(f"dataset.root {config.root}: a download goes to a folder called MNIST; name it so")
         from torchvision.datasets import MNIST  # noqa: PLC0415  (brings torch, which ingest must not import)
 
-        MNIST(str(config.root.parent), download=True)
-    raw = folder_of(config) / "raw"
+        MNIST(str(Path(config.root).parent), download=True)
+    raw = Path(folder_of(config)) / "raw"
     prefix = "t10k" if split == "test" else "train"
     images = read_idx(raw / f"{prefix}-images-idx3-ubyte")
     labels = read_idx(raw / f"{prefix}-labels-idx1-ubyte").astype(np.int64)
