@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 import ray.data
@@ -59,6 +59,12 @@ class Job(Strict):
 
 
 JobT = TypeVar("JobT", bound=Job)
+
+
+class Reporter(Protocol):
+    """Told how far the work is: how much is done, of how much, and what else there is to say."""
+
+    def __call__(self, done: int, total: int, more: str = "") -> None: ...
 
 
 def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] | None = None) -> int:
@@ -142,18 +148,23 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.monotonic() - started
 
 
-def progress(noun: str) -> Callable[[int, int], None]:
-    """A reporter for library calls that count their work: a line of progress at most once a second, and at the end."""
-    started = last = time.monotonic()
+def progress(noun: str) -> Reporter:
+    """A reporter for library calls that count their work: a line of progress at most once a second, and at the end.
 
-    def report(done: int, total: int) -> None:
-        nonlocal last
+    What was done before the first call (by an earlier run) does not count for the rate.
+    """
+    started = last = time.monotonic()
+    first: int | None = None
+
+    def report(done: int, total: int, more: str = "") -> None:
+        nonlocal first, last
         now = time.monotonic()
+        if first is None:
+            first = done
         if now - last >= 1 or done == total:
-            rate = done / max(now - started, 1e-9)
-            print(
-                f"{noun} {done}/{total}  {rate:.0f}/s  about {(total - done) / max(rate, 1e-9):.0f} s left", flush=True
-            )
+            rate = (done - first) / max(now - started, 1e-9)
+            left = f"about {(total - done) / rate:.0f} s left" if rate else "just begun"
+            print("  ".join(filter(None, (f"{noun} {done}/{total}", f"{rate:.0f}/s", more, left))), flush=True)
             last = now
 
     return report

@@ -13,6 +13,8 @@ from pipeline.data import datasets
 from pipeline.data.datasets import AnyDataset
 from pipeline.data.ingest import Config as Ingest
 from pipeline.data.ingest import ingest
+from pipeline.data.shards import Manifest
+from pipeline.types import Split
 
 
 class Preprocess(Job):
@@ -20,12 +22,14 @@ class Preprocess(Job):
 
     Attributes:
         shards: folder of the finished dataset; a relative path lies in `storage`.
+        append: where `shards` holds an older state of the same collection, add the images that are new.
         num_cpus: of the local Ray, where there is no cluster.
     """
 
     dataset: AnyDataset
     ingest: Ingest = Ingest()
     shards: Path
+    append: bool = False
     num_cpus: int = Field(default=2, ge=1)
 
 
@@ -34,14 +38,26 @@ def preprocess(job: Preprocess) -> None:
     dataset = job.dataset.at(job.data_root, job.store)
     datasets.class_names(dataset)  # a wrong folder is found before Ray starts
     with ray_session(job.store, job.num_cpus):
-        made = ingest(dataset, job.ingest, job.store / job.shards, progress("images"))
+        made = ingest(dataset, job.ingest, job.store / job.shards, progress("images"), append=job.append)
     manifest = made.manifest
     for split in dataset.splits:
-        print(f"{split:8} {manifest.num_rows(split)} images in {len(manifest.of(split))} shards")
+        print(
+            f"{split:8} {manifest.num_rows(split)} images in {len(manifest.of(split))} shards{_boxes(manifest, split)}"
+        )
     print(f"classes  {len(manifest.classes)}")
-    print(f"rejects  {manifest.num_rejects}  (reasons in {made.path / 'rejects.parquet'})")
+    print(f"rejects  {manifest.num_rejects}  (reasons in {made.path / manifest.rejects[-1]})")
+    for split, pixels in manifest.pixels.items():
+        mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (pixels.mean, pixels.std))
+        height, width = manifest.sizes[split].mean_hw
+        print(f"{split:8} mean {mean}  std {std}  size {height:.0f} x {width:.0f} on average")
     print(f"digest   {manifest.digest[:16]}")
+    print(f"version  {manifest.version}")
     print(f"shards   {made.path}")
+
+
+def _boxes(manifest: Manifest, split: Split) -> str:
+    total = sum(manifest.object_counts[split])
+    return f", {total} boxes" if total else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

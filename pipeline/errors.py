@@ -65,3 +65,13 @@ class ClusterError(VentralError):
     """Ray, a port or a local server that could not be had."""
 
     exit_code = 7
+
+
+def own_cause(error: BaseException) -> BaseException:
+    """The error that our code raised on another process, if one hides in what Ray made of it; else `error` itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, VentralError):
+            return cause
+        cause = cause.__cause__ or getattr(cause, "cause", None)
+    return error

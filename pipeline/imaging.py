@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 RGB pixels and back: the only place in the house where an image file is opened.
+"""Encoded bytes to uint8 pixels and back: the only place in the house where an image file is opened.
 
 Ingest, loading, evaluation, the predictor and the endpoint all call `decode`, so that equal bytes and an equal
 `min_short` give equal pixels. Whatever the bytes are, it returns an upright [H, W, 3] array or raises `ImageError`.
@@ -12,61 +12,51 @@ Ingest, loading, evaluation, the predictor and the endpoint all call `decode`, s
   TIFF with 12, 32 or floating bits has no known range and is refused.
 - CMYK and YCCK JPEGs are read inverted, as Adobe and everyone after it writes them, and converted without a profile.
 - JPEGs of 1 or 3 components take libjpeg-turbo through simplejpeg, all else Pillow; the two agree to the last bit.
+- Where `Decoding.num_channels` is not 3, bands are no colours: they come as stored, without compositing or conversion
+  ([H, W, num_channels]), 16 bits always as `round(value / 257)`; files with another number of bands are refused.
+- Masks hold class indices, not colours, and have doors of their own: `decode_mask`, `encode_mask`.
 
-Left out: colour management, tensors, cropping, paths. No global state is touched (no warning filter, no limit of
-Pillow's), so `decode` runs in threads.
+Left out: colour management, tensors, cropping, paths; what headers say (`pipeline.image_headers`). No global state is
+touched (no warning filter, no limit of Pillow's), so `decode` runs in threads.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
-import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageFile, TiffTags
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import Field
 
+from pipeline import image_headers
 from pipeline.config import Strict
 from pipeline.errors import ImageError
+from pipeline.image_headers import Header
 from pipeline.types import UInt8Array
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+Format = image_headers.Format
+UInt16Array = npt.NDArray[np.uint16]
 Level = Annotated[int, Field(ge=0, le=255)]
 
-# How a file begins, and Pillow's class for it: `Image.open` would warn about sizes and try more formats.
-_FORMATS: dict[Format, tuple[re.Pattern[bytes], type[ImageFile.ImageFile]]] = {
-    "JPEG": (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
-    "PNG": (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
-    "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
-    "GIF": (re.compile(rb"GIF8[79]a"), GifImageFile),
-    "TIFF": (re.compile(rb"II\*\0|MM\0\*"), TiffImageFile),
-    "BMP": (re.compile(rb"BM"), BmpImageFile),
-}
 # What parsers and decoders say when the bytes run out.
 _INCOMPLETE = re.compile(
     r"truncat|premature|not enough|not found|requires a buffer|out of range|no more", re.IGNORECASE
 )
-_MAX_SCANS = 200  # a progressive JPEG has about 10; each costs a pass over all pixels, however few its bytes
+_BANDS_OF_MODE = {"1": 1, "L": 1, "I;16": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # no colours of another kind, no palette
+_PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _GREY_OF_16_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-# TIFF 6.0 and its supplements: what describes samples. Everything else is metadata.
-_TIFF_TAGS = {256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332}
-_TIFF_TAGS |= {338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532}
-_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
 class Decoding(Strict):
@@ -77,26 +67,18 @@ class Decoding(Strict):
         max_pixels: largest height x width, checked before decoding; memory peaks at 17 bytes per pixel (alpha).
         max_side: longest side.
         background: RGB colour under transparent pixels.
+        num_channels: 3 for RGB, which every picture becomes; otherwise the number of bands a file must have. NPY must
+            have this number in any case. Memory then peaks at 10 bytes per sample, about.
     """
 
     formats: tuple[Format, ...] = Field(default=("JPEG", "PNG", "WEBP"), min_length=1)
     max_pixels: int = Field(default=25_000_000, ge=1, le=89_000_000)  # above, Pillow's own limits would warn
     max_side: int = Field(default=16_384, ge=1, le=65_535)
     background: tuple[Level, Level, Level] = (255, 255, 255)
+    num_channels: int = Field(default=3, ge=1, le=16)
 
 
 DEFAULT = Decoding()
-
-
-class _Header(NamedTuple):
-    """What is known before decoding: stored size, EXIF orientation, the byte ranges that describe pixels."""
-
-    format: Format
-    height: int
-    width: int
-    orientation: int = 1
-    parts: tuple[tuple[int, int], ...] = ()
-    components: int = 3
 
 
 def sniff(data: Buffer) -> Format:
@@ -105,13 +87,7 @@ def sniff(data: Buffer) -> Format:
     Raises:
         ImageError: reason `empty` or `format`.
     """
-    raw = _as_bytes(data)
-    if not raw:
-        raise ImageError("empty", "Expected an encoded image, got no bytes at all.")
-    for name, (magic, _) in _FORMATS.items():
-        if magic.match(raw):
-            return name
-    raise ImageError("format", f"Expected one of {', '.join(_FORMATS)}, got bytes that begin with {raw[:8]!r}.")
+    return image_headers.sniff(_as_bytes(data))
 
 
 def probe(data: Buffer, policy: Decoding = DEFAULT) -> tuple[int, int]:
@@ -125,7 +101,7 @@ def probe(data: Buffer, policy: Decoding = DEFAULT) -> tuple[int, int]:
 
 
 def decode(data: Buffer, policy: Decoding = DEFAULT, *, min_short: int | None = None) -> UInt8Array:
-    """Decode one image to uint8 [H, W, 3], RGB, upright, contiguous and writable.
+    """Decode one image to uint8 [H, W, 3], RGB, or [H, W, num_channels], upright, contiguous and writable.
 
     `min_short` lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size: the largest reduction that keeps the short
     side at 2 * `min_short` or more, so that the antialiased resize that follows still has a factor of 2 to itself. The
@@ -142,7 +118,8 @@ def decode(data: Buffer, policy: Decoding = DEFAULT, *, min_short: int | None = 
 
     Raises:
         ImageError: with the reason `empty`, `format` (unknown or not accepted), `pixels` (over a limit), `truncated`,
-            `corrupt`, `mode` (samples without a known range) or `memory`.
+            `corrupt`, `mode` (samples without a known range), `channels` (another number of bands than asked for),
+            `codec` (TIFF bands compressed in a way that is for pictures, or rare) or `memory`.
     """
     if min_short is not None and min_short < 1:
         raise ValueError(f"min_short must be at least 1 pixel, got {min_short}")
@@ -151,16 +128,47 @@ def decode(data: Buffer, policy: Decoding = DEFAULT, *, min_short: int | None = 
     with _only_image_errors(header.format):
         if header.format == "JPEG":
             pixels = _decode_jpeg(raw, header, policy, min_short)
+        elif header.format == "NPY":
+            pixels = _decode_npy(raw)
+        elif header.format == "TIFF" and policy.num_channels != 3:
+            pixels = _decode_tiff_bands(raw)
         else:
             plain = _checked_png(raw, header) if header.format == "PNG" else raw
-            pixels = _rgb(_open(plain, header), policy)
+            pixels = _channels(plain, header, policy)
     return np.ascontiguousarray(_turn(pixels, header.orientation))
 
 
+def decode_mask(data: Buffer, policy: Decoding = DEFAULT) -> UInt8Array:
+    """Decode a mask to uint8 [H, W], upright, contiguous and writable: class indices, one per pixel.
+
+    A mask is a PNG with a palette, whose indices count and whose colours do not, or one of grey up to 8 bits, whose
+    values are taken as stored (1 bit gives 0 and 1). It is a mask whatever `policy` says of formats and channels.
+
+    Raises:
+        ImageError: reason `mask` (no PNG, or one of colours, alpha or 16 bits), or as `decode`.
+    """
+    raw = _as_bytes(data)
+    name = image_headers.sniff(raw)
+    if name != "PNG":
+        raise ImageError("mask", f"Expected a mask as PNG with a palette or grey of up to 8 bits, got {name}.")
+    header = _within_limits(raw, name, policy)
+    with _only_image_errors(name):
+        bit_depth, colour_type = raw[24:26]
+        if bit_depth > 8 or colour_type not in {0, 3}:
+            got = f"{bit_depth} bits of {_PNG_COLOURS.get(colour_type, 'unknown colour type')}"
+            raise ImageError("mask", f"Expected a mask as PNG with a palette or grey of up to 8 bits, got {got}.")
+        values = np.array(_open(_checked_png(raw, header), header), np.uint8)
+        if colour_type == 0 and bit_depth in {2, 4}:
+            values //= 255 // (2**bit_depth - 1)  # Pillow has stretched them
+    return np.ascontiguousarray(_turn(values, header.orientation))
+
+
 def resize(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
-    """Antialiased bilinear resize (Pillow) of uint8 [H, W, 3] or [H, W] to `size_hw` pixels."""
+    """Antialiased bilinear resize (Pillow) of uint8 [H, W, C] or [H, W] to `size_hw` pixels."""
     if image.shape[:2] == tuple(size_hw):
         return image
+    if image.shape[2:] not in {(), (3,)}:  # band by band: Pillow would take a last of 2 or 4 for alpha
+        return np.stack([resize(image[:, :, band], size_hw) for band in range(image.shape[2])], axis=2)
     return np.array(Image.fromarray(image).resize((size_hw[1], size_hw[0]), Image.Resampling.BILINEAR))
 
 
@@ -193,6 +201,27 @@ def encode_png(image: UInt8Array) -> bytes:
     return encoded.getvalue()
 
 
+def encode_mask(mask: UInt8Array) -> bytes:
+    """Encode class indices, uint8 [H, W], as grey PNG of 8 bits, without loss."""
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise ValueError(f"expected uint8 [H, W] to encode as a mask, got {mask.dtype} {mask.shape}")
+    return encode_png(mask)
+
+
+def encode_npy(image: UInt8Array) -> bytes:
+    """Encode uint8 [H, W, C] as a NumPy file, without loss and without compression."""
+    if image.ndim != 3 or image.dtype != np.uint8:
+        raise ValueError(f"expected uint8 [H, W, C] to encode as NPY, got {image.dtype} {image.shape}")
+    encoded = io.BytesIO()
+    np.save(encoded, np.ascontiguousarray(image), allow_pickle=False)
+    return encoded.getvalue()
+
+
+def encode(image: UInt8Array, quality: int = 90) -> bytes:
+    """Encode for storing: uint8 [H, W, 3] as JPEG of `quality`, [H, W, C] as NPY, which `decode` must be allowed."""
+    return encode_jpeg(image, quality) if image.shape[2:] == (3,) else encode_npy(image)
+
+
 def _as_bytes(data: Buffer) -> bytes:
     return data if isinstance(data, bytes) else bytes(memoryview(data))
 
@@ -212,18 +241,21 @@ def _only_image_errors(name: str) -> Iterator[None]:
         raise ImageError(reason, f"The {name} image is {reason} ({said}).") from error
 
 
-def _header(raw: bytes, policy: Decoding) -> _Header:
+def _header(raw: bytes, policy: Decoding) -> Header:
     """Sniff, parse and check a header against the policy."""
-    name = sniff(raw)
+    name = image_headers.sniff(raw)
     if name not in policy.formats:
         accepted = ", ".join(policy.formats)
         raise ImageError("format", f"{name} images are not accepted here, only {accepted}.")
+    header = _within_limits(raw, name, policy)
+    if policy.num_channels != 3 or name == "NPY":
+        _check_bands(header.num_bands, header, policy)
+    return header
+
+
+def _within_limits(raw: bytes, name: Format, policy: Decoding) -> Header:
     with _only_image_errors(name):
-        if name in _PARSERS:
-            header = _PARSERS[name](raw)
-        else:
-            width, height = _FORMATS[name][1](io.BytesIO(_plain_tiff(raw) if name == "TIFF" else raw)).size
-            header = _Header(name, height, width)
+        header = image_headers.parse(raw, name, bands=policy.num_channels != 3)
     height, width = header.height, header.width
     if min(height, width) < 1:
         raise ImageError("corrupt", f"The {name} image says that it has {height} x {width} pixels.")
@@ -233,117 +265,16 @@ def _header(raw: bytes, policy: Decoding) -> _Header:
     return header
 
 
-def _jpeg_header(raw: bytes) -> _Header:
-    """Walk the segments up to the first scan: size and components (SOF), orientation (EXIF), what is no metadata."""
-    at, orientation, parts = 2, 1, [(0, 2)]
-    size: tuple[int, int, int] | None = None
-    progressive = False
-    while True:
-        at = raw.index(b"\xff", at) + 1
-        marker = raw[at]
-        if marker in {0x00, 0x01, 0xFF} or 0xD0 <= marker <= 0xD8:  # padding, and markers without a length
-            continue
-        if marker in {0xD9, 0xDA}:
-            break
-        (length,) = struct.unpack_from(">H", raw, at + 1)
-        end = at + 1 + length
-        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC} and size is None:
-            size = struct.unpack_from(">HHB", raw, at + 4)
-            progressive = marker in {0xC2, 0xCA}
-        if marker == 0xE1 and orientation == 1 and raw.startswith(b"Exif\0\0", at + 3):
-            orientation = _orientation(raw[at + 9 : end])
-        # Of the application segments only JFIF (0) and Adobe (14) tell how to read colours; 0xFE is a comment.
-        if marker in {0xE0, 0xEE} or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
-            parts.append((at - 1, end))
-        at = end
-    if size is None:
-        raise ImageError("corrupt", "The JPEG image has no frame header before its pixels.")
-    if progressive and raw.count(b"\xff\xda", at) > _MAX_SCANS:
-        raise ImageError("corrupt", f"The JPEG image has more than {_MAX_SCANS} scans, no encoder writes that.")
-    return _Header("JPEG", size[0], size[1], orientation, (*parts, (at - 1, len(raw))), size[2])
-
-
-def _png_header(raw: bytes) -> _Header:
-    """Walk the chunks: size (IHDR), orientation (eXIf), and the critical ones with the transparent colour (tRNS)."""
-    first, width, height = struct.unpack_from(">4sII", raw, 12)
-    if first != b"IHDR":
-        raise ImageError("corrupt", "The PNG image does not begin with an IHDR chunk.")
-    at, orientation, parts = 8, 1, [(0, 8)]
-    while at + 12 <= len(raw):
-        length, kind = struct.unpack_from(">I4s", raw, at)
-        end = at + 12 + length
-        if kind == b"eXIf":
-            orientation = _orientation(raw[at + 8 : end - 4])
-        if kind == b"tRNS" or not kind[0] & 0x20:
-            parts.append((at, end))
-        if kind == b"IEND":
-            break
-        at = end
-    return _Header("PNG", height, width, orientation, tuple(parts))
-
-
-def _webp_header(raw: bytes) -> _Header:
-    """Size from the first chunk (VP8, VP8L or the canvas of VP8X), orientation from EXIF."""
-    first, body = raw[12:16], 20
-    if 8 + struct.unpack_from("<I", raw, 4)[0] > len(raw):
-        raise ImageError("truncated", f"The WEBP image says that it is longer than the {len(raw)} bytes there are.")
-    if first == b"VP8X":
-        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", raw, body + 4)
-        return _Header("WEBP", (high_h << 16 | low_h) + 1, (high_w << 16 | low_w) + 1, _webp_orientation(raw))
-    if first == b"VP8L":
-        (bits,) = struct.unpack_from("<I", raw, body + 1)
-        return _Header("WEBP", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
-    width, height = struct.unpack_from("<HH", raw, body + 6)
-    return _Header("WEBP", height & 0x3FFF, width & 0x3FFF)
-
-
-def _webp_orientation(raw: bytes) -> int:
-    at = 12
-    while at + 8 <= len(raw):
-        kind, length = struct.unpack_from("<4sI", raw, at)
-        if kind == b"EXIF":
-            return _orientation(raw[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
-        at += 8 + length + length % 2
-    return 1
-
-
-def _gif_header(raw: bytes) -> _Header:
-    """Size of the screen, or of the first frame where that reaches further (as Pillow allocates it)."""
-    width, height, flags = struct.unpack_from("<HHB", raw, 6)
-    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    while raw[at] == 0x21:  # extensions: two bytes, then blocks that begin with their length, the last of 0
-        at += 2
-        while raw[at]:
-            at += raw[at] + 1
-        at += 1
-    if raw[at] != 0x2C:
-        raise ImageError("corrupt", "The GIF image has no frame where its first frame should be.")
-    left, top, frame_w, frame_h = struct.unpack_from("<4H", raw, at + 1)
-    return _Header("GIF", max(height, top + frame_h), max(width, left + frame_w))
-
-
-_PARSERS = {"JPEG": _jpeg_header, "PNG": _png_header, "WEBP": _webp_header, "GIF": _gif_header}
-
-
-def _orientation(exif: bytes) -> int:
-    """The EXIF orientation 1..8 of a TIFF-like block; 1 where it is missing or the block is damaged."""
-    order = "<" if exif[:2] == b"II" else ">"
-    try:
-        (start,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, start)
-        for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, at)
-            if (tag, kind) == (0x0112, 3):
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
+def _check_bands(found: int | None, header: Header, policy: Decoding) -> None:
+    if found not in {None, policy.num_channels}:
+        expected = f"{policy.num_channels} band{'s' if policy.num_channels > 1 else ''}"
+        raise ImageError("channels", f"Expected {expected}, found {found} in the {header.format} image.")
 
 
 def _turn(pixels: UInt8Array, orientation: int) -> UInt8Array:
-    """Make [H, W, 3] upright: EXIF 2.32, section 4.6.4, tag 274."""
+    """Make [H, W, C] or [H, W] upright: EXIF 2.32, section 4.6.4, tag 274."""
     if orientation > 4:
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in {3, 4, 7, 8}:
         pixels = pixels[::-1]
     if orientation in {2, 3, 6, 7}:
@@ -356,15 +287,16 @@ def _join(raw: bytes, parts: tuple[tuple[int, int], ...]) -> bytes:
     return b"".join(view[start:end] for start, end in parts)
 
 
-def _decode_jpeg(raw: bytes, header: _Header, policy: Decoding, min_short: int | None) -> UInt8Array:
+def _decode_jpeg(raw: bytes, header: Header, policy: Decoding, min_short: int | None) -> UInt8Array:
     """The fast path, and Pillow for CMYK and for damage that libjpeg repairs with no more than a warning."""
     plain = _join(raw, header.parts)
     height, width = header.height, header.width
     factor = _reduction(min(height, width), min_short)
-    if header.components in {1, 3}:
+    if header.num_bands in {1, 3}:
         try:
             least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
-            pixels: UInt8Array = simplejpeg.decode_jpeg(plain, "RGB", **least)
+            colours = "RGB" if policy.num_channels == 3 else "GRAY"
+            pixels: UInt8Array = simplejpeg.decode_jpeg(plain, colours, **least)
         except ValueError as error:
             if _INCOMPLETE.search(str(error)):
                 raise
@@ -372,7 +304,7 @@ def _decode_jpeg(raw: bytes, header: _Header, policy: Decoding, min_short: int |
             return pixels
     image = _open(plain, header)
     image.draft(None, (width // factor, height // factor))
-    return _rgb(image, policy)
+    return _rgb(image, policy) if policy.num_channels == 3 else _bands(image, header, policy)
 
 
 def _reduction(short: int, min_short: int | None) -> int:
@@ -382,7 +314,7 @@ def _reduction(short: int, min_short: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if -(-short // factor) >= 2 * min_short), 1)
 
 
-def _checked_png(raw: bytes, header: _Header) -> bytes:
+def _checked_png(raw: bytes, header: Header) -> bytes:
     """The chunks that describe pixels, each verified: Pillow does not read the checksums of pixel data."""
     view = memoryview(raw)
     for start, end in header.parts[1:]:
@@ -395,34 +327,10 @@ def _checked_png(raw: bytes, header: _Header) -> bytes:
     raise ImageError("truncated", f"The PNG image ends after {len(raw)} bytes, before its last chunk.")
 
 
-def _plain_tiff(raw: bytes) -> bytes:
-    """The file with its first directory cut down to what describes samples, and no second one.
-
-    Raises:
-        ImageError: a tag reaches outside the file or has more values than it may: Pillow would warn and guess.
-    """
-    order = "<" if raw[:2] == b"II" else ">"
-    (start,) = struct.unpack_from(order + "I", raw, 4)
-    (count,) = struct.unpack_from(order + "H", raw, start)
-    kept, outside = [], 0
-    for at in range(start + 2, start + 2 + 12 * count, 12):
-        tag, kind, number, offset = struct.unpack_from(order + "HHII", raw, at)
-        if tag not in _TIFF_TAGS or kind not in _TIFF_TYPE_BYTES:
-            continue
-        size = number * _TIFF_TYPE_BYTES[kind]
-        outside += size if size > 4 else 0
-        if (size > 4 and offset + size > len(raw)) or outside > len(raw):
-            raise ImageError("truncated", f"The TIFF image ends before the values of its tag {tag}.")
-        if number > 1 and kind not in {1, 2, 7} and TiffTags.lookup(tag).length == 1:
-            raise ImageError("corrupt", f"The TIFF image has {number} values in its tag {tag}, expected 1.")
-        kept.append(raw[at : at + 12])
-    directory = struct.pack(order + "H", len(kept)) + b"".join(kept) + bytes(4)
-    return raw[:start] + directory + raw[start + len(directory) :]
-
-
-def _open(plain: bytes, header: _Header) -> ImageFile.ImageFile:
+def _open(plain: bytes, header: Header) -> ImageFile.ImageFile:
     """Let Pillow read the header again; it must find what the policy was checked against."""
-    image = _FORMATS[header.format][1](io.BytesIO(_plain_tiff(plain) if header.format == "TIFF" else plain))
+    plain = image_headers.plain_tiff(plain) if header.format == "TIFF" else plain
+    image = image_headers.PILLOW[header.format](io.BytesIO(plain))
     if image.size != (header.width, header.height):
         raise ImageError("corrupt", f"The {header.format} image states two sizes.")
     if header.format == "PNG" and "transparency" in image.info:
@@ -465,4 +373,85 @@ def _rgb_of_grey16(image: Image.Image, policy: Decoding) -> UInt8Array:
     pixels = np.repeat(_GREY_OF_16_BITS[values][:, :, np.newaxis], 3, axis=2)
     if "transparency" in image.info:
         pixels[values == image.info["transparency"]] = policy.background
+    return pixels
+
+
+def _channels(plain: bytes, header: Header, policy: Decoding) -> UInt8Array:
+    """Decode what Pillow reads, to colours or to bands."""
+    image = _open(plain, header)
+    if policy.num_channels == 3:
+        return _rgb(image, policy)
+    if header.format == "PNG" and plain[24] == 16 and header.num_bands != 1:
+        return _eight_bits(_deep_png(plain, header))
+    return _bands(image, header, policy)
+
+
+def _bands(image: Image.Image, header: Header, policy: Decoding) -> UInt8Array:
+    """Decode bands as Pillow has them, to uint8 [H, W, num_channels]."""
+    if image.mode not in _BANDS_OF_MODE:
+        message = (
+            f"Expected {policy.num_channels} in number, found colours of Pillow mode {image.mode}, which are no bands."
+        )
+        raise ImageError("channels", message)
+    _check_bands(_BANDS_OF_MODE[image.mode], header, policy)
+    samples = np.array(image.convert("L") if image.mode == "1" else image)
+    return _eight_bits(samples.reshape(*samples.shape[:2], policy.num_channels))
+
+
+def _deep_png(plain: bytes, header: Header) -> UInt16Array:
+    """All 16 bits of grey with alpha and of RGBA, big-endian [H, W, C]: Pillow gives the high bytes only.
+
+    It unpacks 4 bytes per pixel as they are where told that grey with alpha is RGBA, and either byte of 8.
+    """
+    if header.num_bands == 2:
+        return _unpacked(plain, header, "RGBA").view(">u2")
+    return np.stack([_unpacked(plain, header, f"RGBA;16{end}") for end in "BL"], axis=3).view(">u2")[..., 0]
+
+
+def _unpacked(plain: bytes, header: Header, raw_mode: str) -> UInt8Array:
+    """Pixels [H, W, 4] of a PNG that Pillow opens as RGBA, unpacked in another way."""
+    image = _open(plain, header)
+    image.tile = [image.tile[0]._replace(args=raw_mode)]
+    return np.asarray(image)
+
+
+def _decode_npy(raw: bytes) -> UInt8Array:
+    array = image_headers.npy_array(raw)
+    needed = math.prod(array.shape) * int(array.dtype[-1])
+    if len(raw) - array.offset < needed:
+        raise ImageError("truncated", f"The NPY image has {len(raw) - array.offset} of {needed} bytes of samples.")
+    samples = np.frombuffer(raw, array.dtype, math.prod(array.shape), array.offset)
+    shaped = samples.reshape(array.shape, order="F" if array.is_fortran else "C")
+    return _eight_bits(shaped.reshape(*array.shape[:2], -1))
+
+
+def _decode_tiff_bands(raw: bytes) -> UInt8Array:
+    """Decode any number of bands; Pillow unpacks and inflates them as bytes, it has no mode for most."""
+    layout = image_headers.tiff_bands(raw)
+    planes = [_eight_bits(_tiff_plane(layout, index)) for index in range(layout.num_planes)]
+    pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
+    return 255 - pixels if layout.white_is_zero else pixels
+
+
+def _tiff_plane(layout: image_headers.TiffBands, index: int) -> UInt8Array | UInt16Array:
+    """Samples [H, W, C] of one plane."""
+    height, width = layout.header.height, layout.header.width
+    image = TiffImageFile(io.BytesIO(layout.plane(index)))
+    if (image.mode, *image.size) != ("L", layout.row_bytes, height):
+        raise ImageError("corrupt", "The TIFF image cannot be laid out as its tags say.")
+    samples = np.asarray(image).view(layout.dtype).reshape(height, width, -1)
+    if layout.difference_width:
+        samples = samples.astype(samples.dtype.newbyteorder("="))
+        for left in range(0, width, layout.difference_width):
+            part = samples[:, left : left + layout.difference_width]
+            np.add.accumulate(part, axis=1, dtype=part.dtype, out=part)
+    return samples
+
+
+def _eight_bits(samples: UInt8Array | UInt16Array) -> UInt8Array:
+    """A new uint8 [H, W, C] of 8 or 16 bits, in either byte order, band by band: indices take 8 bytes each."""
+    pixels = np.empty(samples.shape, np.uint8)
+    for band in range(samples.shape[2]):
+        values = samples[:, :, band]
+        pixels[:, :, band] = values if values.dtype.itemsize == 1 else _GREY_OF_16_BITS[values]
     return pixels

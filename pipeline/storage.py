@@ -116,7 +116,7 @@ def read(uri: str, byte_range: tuple[int, int] | None = None) -> bytes:
         if byte_range is None:
             return file.read()
         offset, length = byte_range
-        file.seek(offset)
+        file.seek(min(offset, file.seek(0, os.SEEK_END)))  # pyarrow refuses to go beyond the end
         data = file.read(length)
     if len(data) != length:
         raise OSError(None, f"ends before byte {offset + length}", uri)
@@ -137,7 +137,8 @@ def open_input(uri: str) -> BinaryIO:
 
 def reason(error: OSError) -> str:
     """Why a file could not be had, in a few words."""
-    return error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    text = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return text.split(". Detail: ")[0].split(" (Request ID: ")[0][:200]  # the tails that pyarrow and S3 add
 
 
 def _walk_local(folder: str, prefix: str, came_through: tuple[tuple[int, int], ...]) -> Iterator[File]:
@@ -194,8 +195,10 @@ def _connected(scheme: str, settings: tuple[tuple[str, str], ...]) -> Any:
 
 
 def _s3(settings: dict[str, str]) -> Any:
-    """S3 with the endpoint and the region told: pyarrow takes no endpoint from the environment (arrow issue 49643), and
-    for a region that it is not told it asks a metadata server, which few machines have.
+    """S3 with the endpoint and the region told.
+
+    pyarrow takes no endpoint from the environment (arrow issue 49643), and for a region that it is not told it asks a
+    metadata server, which few machines have.
     """
     endpoint = settings["AWS_ENDPOINT_URL_S3"] or settings["AWS_ENDPOINT_URL"]
     region = settings["AWS_REGION"] or settings["AWS_DEFAULT_REGION"] or ("us-east-1" if endpoint else "")

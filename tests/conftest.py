@@ -14,7 +14,7 @@ import pytest
 from jobs import _stack
 from jobs._process import Service, stop
 from pipeline import imaging
-from pipeline.data import ingest, shards
+from pipeline.data import rows, shards
 from pipeline.data.datasets import image_folder
 from pipeline.types import Split
 
@@ -81,15 +81,16 @@ def stripes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stripes(stripes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
     """The same as shards, made without Ray: training in two of 24 and 16 rows, in row groups of 8. Do not change."""
     path = tmp_path_factory.mktemp("stripes-shards")
-    config = ingest.Config(rows_per_group=8)
+    config = rows.Config(rows_per_group=8)
     dataset = image_folder.Config(root=stripes_folder)
     made: list[shards.Shard] = []
     sizes: dict[Split, int] = {"train": 24, "val": 13}
     for split, size in sizes.items():
         records = tuple(image_folder.records(dataset, split))
         for at in range(0, len(records), size):
-            task = ingest.Task(path / f"{split}-{at:05d}.parquet", split, records[at : at + size])
-            made.append(shards.Shard(**ingest.make_shard(task, config)["shard"]))
+            one = rows.make_shard(path / f"{split}-{at:05d}.parquet", split, records[at : at + size], config)
+            assert one.shard
+            made.append(one.shard)
     manifest = shards.Manifest(
         dataset="image_folder",
         classes=image_folder.class_names(dataset),

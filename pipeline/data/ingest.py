@@ -1,231 +1,277 @@
-"""[Ray Data] From a dataset to validated shards, whole or not at all.
+"""[Ray Data] From a dataset to validated shards: whole or not at all, and never twice.
 
-The records of each split are shuffled once by seed and cut into shards; one Ray task makes one shard, so the files do
-not depend on how many workers there were. Every image is decoded here, so that nothing undecodable reaches training:
-what fails goes to `rejects.parquet` with its reason. Training images may be stored with their short side resized;
-validation and test images keep their original bytes, so that offline and served answers can be equal.
-
-The shards grow in a hidden folder beside their final place, which appears by one rename once the manifest is written.
+The records are listed, shuffled once by seed and cut into parts (`plan`); one Ray task makes one shard of one part
+(`rows`), so the files do not depend on how many workers there were. All of it grows in a hidden folder beside the
+destination (`work`), so that a job that was killed and is run again makes only what is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline import imaging, provenance
-from pipeline.config import Strict
-from pipeline.data import datasets, shards
-from pipeline.errors import DataError, ImageError
-from pipeline.types import Record, Split
+from pipeline.data import datasets, plan, rows, shards
+from pipeline.data.plan import Part
+from pipeline.data.rows import DIGEST_MODULUS, Made
+from pipeline.data.work import Work
+from pipeline.errors import DataError, own_cause
+from pipeline.types import Split
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all) while the work goes on."""
+Progress = Callable[[int, int, str], None]
+"""Called with (images done, images in all, what else there is to say) while the work goes on."""
+Outcome = list[tuple[Part, Made]]
+"""Every part and what became of it."""
 
 
-class Config(Strict):
-    """How images become shards.
+class Config(rows.Config):
+    """How a dataset becomes shards.
 
     Attributes:
-        train_short_side: training images whose short side is longer are resized to it and stored as JPEG; None keeps
-            the original bytes.
-        jpeg_quality: of the resized training images.
         rows_per_shard: images in a shard before rejects.
-        rows_per_group: images in a Parquet row group, the unit of random access.
-        max_reject_share: share of undecodable images above which the job fails.
+        max_reject_share: share of unusable images above which the job fails.
+        seed: of the shuffle.
     """
 
-    train_short_side: int | None = Field(default=256, ge=8)
-    jpeg_quality: int = Field(default=90, ge=1, le=100)
     rows_per_shard: int = Field(default=1024, ge=1)
-    rows_per_group: int = Field(default=128, ge=1)
     max_reject_share: float = Field(default=0.01, ge=0, le=1)
-    decoding: imaging.Decoding = imaging.Decoding()
     seed: int = Field(default=0, ge=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One shard to make."""
-
-    path: Path
-    split: Split
-    records: tuple[Record, ...]
-
-
 def ingest(
-    dataset: datasets.DatasetConfig, config: Config, destination: Path, progress: Progress = lambda done, total: None
+    dataset: datasets.DatasetConfig,
+    config: Config,
+    destination: Path,
+    progress: Progress = lambda done, total, more: None,
+    *,
+    append: bool = False,
 ) -> shards.Shards:
     """Turn a dataset into shards at `destination`; a finished one of the same files and configuration is left alone.
 
-    Needs an initialised Ray.
+    Needs an initialised Ray. A run that was interrupted goes on where it stopped.
+
+    Args:
+        dataset: what is read.
+        config: how.
+        destination: folder of the shards.
+        progress: told now and then.
+        append: where `destination` holds an older state of the same collection, add the images that are new.
 
     Raises:
-        DataError: the dataset contradicts itself, too many images are undecodable, or `destination` holds other data.
+        DataError: the dataset contradicts itself, too many images are unusable, the disk is full, or `destination`
+            holds other data.
     """
+    before = _existing(destination)
     classes = datasets.class_names(dataset)
-    records = {split: list(datasets.records(dataset, split)) for split in dataset.splits}
-    resolved = {
-        "dataset": dataset.model_dump(mode="json"),
-        "ingest": config.model_dump(mode="json"),
-        "files_sha256": _listing(records),
-    }
-    if destination.exists():
-        return _existing(destination, resolved)
+    asked: dict[str, Any] = {"dataset": dataset.model_dump(mode="json"), "ingest": config.model_dump(mode="json")}
+    if before is not None:
+        _check_same(before, asked, classes)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-    partial.chmod(0o755)
-    try:
-        tasks = [task for split, found in records.items() for task in _plan(found, split, partial, config)]
-        made = list(_run(tasks, config, progress))
-        rejects = [reject | {"class_name": classes[reject["label"]]} for result in made for reject in result["rejects"]]
-        _check_rejects(rejects, sum(len(task.records) for task in tasks), config)
-        rows = [row for result in made for row in result["rows"]]
-        manifest = shards.Manifest(
-            dataset=dataset.name,
-            classes=classes,
-            class_counts={split: _count(rows, split, classes) for split in dataset.splits},
-            num_rejects=len(rejects),
-            shards=tuple(shards.Shard(**result["shard"]) for result in made if result["shard"]),
-            digest=_digest(rows),
-            decoding=config.decoding,
-            config=resolved,
-            tool_versions=provenance.versions(),
-        )
-        pq.write_table(pa.Table.from_pylist(rejects, schema=shards.REJECT_SCHEMA), partial / shards.REJECTS)
-        (partial / shards.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return shards.Shards(destination, manifest)
+    with _scratch(destination, asked) as scratch:
+        listings = _list(dataset, scratch, before)
+        asked["files_sha256"] = hashlib.sha256(
+            "".join(found.digest for found in listings.values()).encode()
+        ).hexdigest()
+        unchanged = before is not None and asked["files_sha256"] == before.manifest.config["files_sha256"]
+        if before is not None and (unchanged or not sum(map(len, listings.values()))):
+            return before
+        if before is not None and not append:
+            raise DataError(
+                f"{destination}: holds a dataset made from other files; choose another folder, delete this one, or "
+                "give append=true to add what is new"
+            )
+        work = Work(destination, asked)
+        with work.locked():
+            parts = work.plan(listings, config.rows_per_shard, config.seed, before)
+            _make(parts, work, config, progress)
+            made = [(part, work.receipt(part)) for part in parts]
+            _check_rejects(made, config)
+            manifest = _manifest(dataset, config, classes, asked, made, before)
+            finished = work.publish(manifest, _named(made, classes))
+    work.clean()
+    return finished
 
 
-def make_shard(task: Task, config: Config) -> dict[str, Any]:
-    """Read, check and store the images of one shard; a pure function of the files and the configuration."""
-    columns: dict[str, list[Any]] = {name: [] for name in shards.SCHEMA.names}
-    rejects: list[dict[str, Any]] = []
-    for record in task.records:
-        try:
-            row = _row(record, config)
-        except ImageError as error:
-            rejects.append(asdict(record) | {"reason": error.reason, "message": str(error)})
-        else:
-            for name, value in row.items():
-                columns[name].append(value)
-    shard = shards.write(task.path, task.split, columns, config.rows_per_group) if columns["image"] else None
-    return {
-        "shard": shard and shard.model_dump(),
-        "rows": [
-            (task.split, *row) for row in zip(columns["image_id"], columns["label"], columns["sha256"], strict=True)
-        ],
-        "rejects": rejects,
-    }
+@contextmanager
+def _scratch(destination: Path, asked: dict[str, Any]) -> Iterator[Path]:
+    """A folder for the listing, for as long as this process needs it."""
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.listing-", dir=destination.parent) as folder:
+        yield Path(folder)
 
 
-def _row(record: Record, config: Config) -> dict[str, Any]:
-    try:
-        data = Path(record.uri).read_bytes()
-    except OSError as error:
-        raise ImageError("unreadable", f"{record.uri}: cannot be read ({error.strerror})") from None
-    image = imaging.decode(data, config.decoding)
-    stored, stored_hw = data, image.shape[:2]
-    if record.split == "train" and config.train_short_side and min(stored_hw) > config.train_short_side:
-        image = imaging.resize_short(image, config.train_short_side)
-        stored, stored_hw = imaging.encode_jpeg(image, config.jpeg_quality), image.shape[:2]
-    original_hw = imaging.probe(data, config.decoding)
-    return {
-        "image_id": record.image_id,
-        "image": stored,
-        "label": record.label,
-        "height": stored_hw[0],
-        "width": stored_hw[1],
-        "original_height": original_hw[0],
-        "original_width": original_hw[1],
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+def _list(dataset: datasets.DatasetConfig, folder: Path, before: shards.Shards | None) -> dict[Split, plan.Listing]:
+    listings = {}
+    for split in dataset.splits:
+        seen = None if before is None else _seen(before, split)
+        listings[split] = plan.write_listing(folder / f"{split}.jsonl", datasets.records(dataset, split), seen)
+    return listings
 
 
-def _plan(records: list[Record], split: Split, folder: Path, config: Config) -> Iterator[Task]:
-    """Shuffle by seed and cut into shards."""
-    order = np.random.default_rng([config.seed, *split.encode()]).permutation(len(records))
-    for number, start in enumerate(range(0, len(records), config.rows_per_shard)):
-        chosen = tuple(records[index] for index in order[start : start + config.rows_per_shard])
-        yield Task(folder / f"{split}-{number:05d}.parquet", split, chosen)
+def _seen(before: shards.Shards, split: Split) -> plan.Seen:
+    """The images of one split that a dataset holds or has turned away."""
+    ids: list[str] = []
+    sizes: list[int] = []
+    for shard in before.manifest.shards:
+        if shard.split == split:
+            table = pq.read_table(before.path / shard.name, columns=["image_id", "original_bytes"])
+            ids += table.column("image_id").to_pylist()
+            sizes += table.column("original_bytes").to_pylist()
+    for name in before.manifest.rejects:
+        turned_away = pq.read_table(before.path / name).to_pylist()
+        ids += [reject["image_id"] for reject in turned_away if reject["split"] == split]
+    return plan.Seen(ids, sizes + [0] * (len(ids) - len(sizes)))
 
 
-def _run(tasks: list[Task], config: Config, progress: Progress) -> list[dict[str, Any]]:
-    """Make the shards as Ray tasks; results come in any order and are returned in the order of the tasks."""
-    import ray.data  # noqa: PLC0415  (so that make_shard runs in a plain Python shell)
+def _make(parts: list[Part], work: Work, config: Config, progress: Progress) -> None:
+    """Make the missing shards as Ray tasks."""
+    import ray.data  # noqa: PLC0415  (so that planning runs in a plain Python shell)
+    import ray.exceptions  # noqa: PLC0415
 
-    rows = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(tasks)]
+    missing = [part for part in parts if not work.is_done(part)]
+    total = sum(part.num_records for part in parts)
+    done, rejects = total - sum(part.num_records for part in missing), 0
+    progress(done, total, "")
+    if not missing:
+        return
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
-        return {"number": row["number"], "result": pickle.dumps(make_shard(pickle.loads(row["task"]), config))}  # noqa: S301  (our own)
+        made = work.make(Part(**row), config)
+        return {"num_records": made.num_records, "num_rejects": len(made.rejects)}
 
-    total, done = sum(len(task.records) for task in tasks), 0
-    results: dict[int, dict[str, Any]] = {}
-    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(make).iter_rows():
-        results[row["number"]] = pickle.loads(row["result"])  # noqa: S301  (our own)
-        done += len(tasks[row["number"]].records)
-        progress(done, total)
-    return [results[number] for number in range(len(tasks))]
-
-
-def _listing(records: dict[Split, list[Record]]) -> str:
-    """A digest of what there is to read: ids, labels and sizes, without reading it."""
-    rows = [
-        (record.image_id, record.label, Path(record.uri).stat().st_size)
-        for found in records.values()
-        for record in found
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    tasks = ray.data.from_items([part._asdict() for part in missing], override_num_blocks=len(missing))
+    try:
+        for result in tasks.map(make).iter_rows():
+            done += result["num_records"]
+            rejects += result["num_rejects"]
+            progress(done, total, f"{rejects} rejects")
+    except ray.exceptions.RayError as error:
+        raise own_cause(error) from None
 
 
-def _existing(destination: Path, resolved: dict[str, Any]) -> shards.Shards:
+def _manifest(
+    dataset: datasets.DatasetConfig,
+    config: Config,
+    classes: tuple[str, ...],
+    asked: dict[str, Any],
+    made: Outcome,
+    before: shards.Shards | None,
+) -> shards.Manifest:
+    """What is said of all shards, the old and the new."""
+    old = before and before.manifest
+    version = old.version + 1 if old else 1
+    by_split = {split: [one for part, one in made if part.split == split] for split in dataset.splits}
+    counts = {
+        name: {
+            split: _counts(
+                [getattr(one, name) for one in found], len(classes), getattr(old, name)[split] if old else ()
+            )
+            for split, found in by_split.items()
+        }
+        for name in ("class_counts", "object_counts")
+    }
+    _check_classes(classes, counts["class_counts"])
+    digest = sum(int(one.digest, 16) for _, one in made) + (int(old.digest, 16) if old else 0)
+    return shards.Manifest(
+        version=version,
+        dataset=dataset.name,
+        classes=classes,
+        class_counts=counts["class_counts"],
+        object_counts=counts["object_counts"],
+        num_rejects=sum(len(one.rejects) for _, one in made) + (old.num_rejects if old else 0),
+        rejects=(*(old.rejects if old else ()), shards.REJECTS if version == 1 else f"rejects-{version:05d}.parquet"),
+        shards=(*(old.shards if old else ()), *(one.shard for _, one in made if one.shard)),
+        digest=f"{digest % DIGEST_MODULUS:064x}",
+        pixels=_sums(by_split, "pixels", old.pixels if old else {}),
+        sizes=_sums(by_split, "sizes", old.sizes if old else {}),
+        decoding=_decoding(config),
+        config=asked,
+        tool_versions=provenance.versions(),
+    )
+
+
+def _decoding(config: Config) -> imaging.Decoding:
+    """How the stored images are read: as the originals, and in the format of those that were resized."""
+    stored: imaging.Format = "JPEG" if config.decoding.num_channels == 3 else "NPY"
+    formats = tuple(dict.fromkeys((*config.decoding.formats, *[stored] * (config.train_short_side is not None))))
+    return config.decoding.model_copy(update={"formats": formats})
+
+
+def _counts(counted: list[dict[int, int]], num_classes: int, old: tuple[int, ...]) -> tuple[int, ...]:
+    total = Counter(dict(enumerate(old)))
+    for counts in counted:
+        total.update(counts)
+    return tuple(total[label] for label in range(num_classes))
+
+
+def _sums(by_split: dict[Split, list[Made]], name: str, old: dict[Split, Any]) -> dict[Split, Any]:
+    """The parts of each split added up; a split without an image has none."""
+    found = {
+        split: [old[split]] * (split in old) + [part for one in made if (part := getattr(one, name)) is not None]
+        for split, made in by_split.items()
+    }
+    return {split: reduce(add, parts) for split, parts in found.items() if parts}
+
+
+def _existing(destination: Path) -> shards.Shards | None:
+    if not destination.exists():
+        return None
     if not (destination / shards.MANIFEST).is_file():
         raise DataError(f"{destination}: is there already and is no dataset; choose another folder or delete this one")
-    found = shards.load(destination)
-    if found.manifest.config != resolved:
+    return shards.load(destination)
+
+
+def _check_same(before: shards.Shards, asked: dict[str, Any], classes: tuple[str, ...]) -> None:
+    """Refuse what an existing dataset cannot become."""
+    manifest = before.manifest
+    if any(manifest.config.get(name) != value for name, value in asked.items()):
         raise DataError(
-            f"{destination}: holds a dataset made from other files or another configuration; choose another folder "
-            "or delete this one"
+            f"{before.path}: holds a dataset made with another configuration; choose another folder or delete this one"
         )
-    return found
+    if manifest.classes != classes:
+        odd = sorted(set(manifest.classes) ^ set(classes))
+        raise DataError(
+            f"{before.path}: its {len(manifest.classes)} classes are not those of the collection now ({len(classes)}; "
+            f"'{odd[0]}' is in one only): labels would change; choose another folder"
+        )
 
 
-def _check_rejects(rejects: list[dict[str, Any]], total: int, config: Config) -> None:
+def _check_rejects(made: Outcome, config: Config) -> None:
+    total = sum(part.num_records for part, _ in made)
+    rejects = [reject for _, one in made for reject in one.rejects if reject.reason != "box"]
     if len(rejects) > config.max_reject_share * total:
-        reasons = Counter(reject["reason"] for reject in rejects)
-        first = rejects[0]
+        reasons = Counter(reject.reason for reject in rejects)
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         raise DataError(
             f"{len(rejects)} of {total} images cannot be used ({counts}), more than max_reject_share "
-            f"{config.max_reject_share} allows; the first is {first['uri']}: {first['message']}"
+            f"{config.max_reject_share} allows; the first is {rejects[0].uri}: {rejects[0].message} Mend them or allow "
+            "more; what is done is kept"
         )
 
 
-def _count(rows: list[tuple[Split, str, int, str]], split: Split, classes: tuple[str, ...]) -> tuple[int, ...]:
-    """Images of each class of one split; a class that rejects have emptied is an error."""
-    labels = Counter(label for of, _, label, _ in rows if of == split)
-    empty = [name for label, name in enumerate(classes) if not labels[label]]
-    if empty:
-        raise DataError(f"split '{split}': the class '{empty[0]}' has no usable image; add some or remove its folder")
-    return tuple(labels[label] for label in range(len(classes)))
+def _check_classes(classes: tuple[str, ...], counts: dict[Split, tuple[int, ...]]) -> None:
+    """Of images that have a class, every split must hold every class; rejects may have emptied one."""
+    for split, found in counts.items():
+        if any(found) and not all(found):
+            raise DataError(
+                f"split '{split}': the class '{classes[found.index(0)]}' has no usable image; add some or remove its "
+                "folder"
+            )
 
 
-def _digest(rows: list[tuple[Split, str, int, str]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+def _named(made: Outcome, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """All rejects, with the name of their class."""
+    found = [reject for _, one in made for reject in one.rejects]
+    return [
+        reject.model_dump() | {"class_name": classes[int(reject.class_name)] if reject.class_name else ""}
+        for reject in found
+    ]

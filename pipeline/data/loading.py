@@ -1,12 +1,15 @@
 """[Ray Data] From shards to batches of uint8: one order, one decode, two readers.
 
-The order is `pipeline.data.order`'s; the pixels are `transforms.classify`'s; `read_batches` turns rows into the columns
-of batches and is the same code wherever it runs. With `reader: ray` it runs in Ray tasks, on any node with free CPUs;
-with `reader: local` in a thread of the process that trains, without Ray. Both give the same batches.
+The order is `pipeline.data.order`'s; the pixels are `transforms.classify`'s; `read_batches` turns draws into columns of
+batches and is the same code wherever it runs. With `reader: local` it runs in processes of a torch DataLoader beside
+the one that trains; with `reader: ray` in Ray tasks, on any node with free CPUs. Both give the same batches.
+
+Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short tasks leave a gap after each.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,12 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.batch import Batch
 from pipeline.config import Strict
 from pipeline.data import order, shards
+from pipeline.data.order import Sampling
 from pipeline.data.transforms import classify
-from pipeline.errors import DataError, ImageError, VentralError
+from pipeline.errors import DataError, ImageError, VentralError, own_cause
 from pipeline.types import Frame, InputSpec, Int64Array, Split
 
 Columns = dict[str, Any]
@@ -33,25 +38,30 @@ class Config(Strict):
 
     Attributes:
         batch_size: images per step and worker.
-        reader: `ray` decodes in Ray tasks on any node; `local` in the training process.
-        num_tasks: Ray tasks that decode at once for one worker.
-        batches_per_task: batches that one task makes.
+        reader: `ray` decodes in Ray tasks on any node; `local` in processes beside the one that trains.
+        num_tasks: of those tasks or processes for one worker; 0 decodes in a thread of the training process.
+        batches_per_read: batches whose bytes are read from the shards at once.
+        decode_on: labels of the nodes that decode for `ray`, as long as there is such a node; GPU nodes are for
+            training.
+        sampling: which images make an epoch.
     """
 
     batch_size: int = Field(default=64, ge=1)
     reader: Literal["ray", "local"] = "ray"
-    num_tasks: int = Field(default=1, ge=1)
-    batches_per_task: int = Field(default=8, ge=1)
+    num_tasks: int = Field(default=1, ge=0)
+    batches_per_read: int = Field(default=8, ge=1)
+    decode_on: dict[str, str] = Field(default={"role": "ingest"})
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """All that `read_batches` needs beside the rows; travels to the Ray tasks."""
+    """All that `read_batches` needs beside the draws; travels to the tasks."""
 
     source: shards.Shards
     split: Split
     spec: InputSpec
-    batch_size: int
+    batches_per_read: int
     augment: classify.Augment | None = None
     seed: int = 0
     epoch: int = 0
@@ -67,6 +77,9 @@ class Loader:
         augment: how training images are varied.
         seed: of the run; the order and the variation of the images follow from it and the epoch.
         rank: this worker's number, and `world_size` how many workers there are.
+
+    Raises:
+        DataError: the images have another number of channels than the model takes.
     """
 
     def __init__(
@@ -80,6 +93,12 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        bands = source.manifest.decoding.num_channels
+        if bands != spec.num_channels:
+            raise DataError(
+                f"{source.path}: holds images of {bands} channels, but the model takes {spec.num_channels}; choose "
+                "another model, or make the shards again with ingest.decoding.num_channels"
+            )
         self.source = source
         self.spec = spec
         self.config = config
@@ -87,6 +106,7 @@ class Loader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self._labels: Int64Array | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,20 +115,29 @@ class Loader:
         Raises:
             DataError: the split does not fill one batch on every rank.
         """
-        global_batch = self.config.batch_size * self.world_size
         num_rows = self.source.manifest.num_rows("train")
-        if num_rows < global_batch:
+        if num_rows < self.global_batch_size:
             raise DataError(
                 f"{self.source.path}: {num_rows} training images do not fill one batch of {self.config.batch_size} on "
                 f"each of {self.world_size} workers; take a smaller loading.batch_size"
             )
-        return num_rows // global_batch
+        return num_rows // self.global_batch_size
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """The training batches of one epoch, varied by `augment`."""
+    @property
+    def global_batch_size(self) -> int:
+        """Images per step on all workers together; after s steps a position has moved on by s times this."""
+        return self.config.batch_size * self.world_size
+
+    def train(self, epoch: int, offset: int = 0) -> Iterator[Batch]:
+        """The training batches of one epoch, varied by `augment`.
+
+        Args:
+            epoch: counted from 0.
+            offset: draws of this epoch that are behind us, on any number of workers.
+        """
         groups = [rows for shard in self.source.manifest.of("train") for rows in shard.row_groups]
-        rows = order.training_order(groups, self.seed, epoch)
-        share = order.training_share(rows, self.config.batch_size, self.rank, self.world_size)
+        draws = order.training_order(groups, self.seed, epoch, self._sampled(epoch))[offset:]
+        share = order.training_share(draws, self.config.batch_size, self.rank, self.world_size)
         return self._batches(self._recipe("train", self.augment, epoch), share)
 
     def evaluate(self, split: Split) -> Iterator[Batch]:
@@ -116,82 +145,152 @@ class Loader:
         share = order.evaluation_share(self.source.manifest.num_rows(split), self.rank, self.world_size)
         return self._batches(self._recipe(split), share)
 
+    def _sampled(self, epoch: int) -> Int64Array | None:
+        if self.config.sampling.is_plain:
+            return None
+        if self._labels is None:
+            self._labels = _labels(self.source)
+        return order.sampled_rows(self.config.sampling, self._labels, self.seed, epoch)
+
     def _recipe(self, split: Split, augment: classify.Augment | None = None, epoch: int = 0) -> _Recipe:
-        return _Recipe(self.source, split, self.spec, self.config.batch_size, augment, self.seed, epoch)
+        return _Recipe(self.source, split, self.spec, self.config.batches_per_read, augment, self.seed, epoch)
 
-    def _batches(self, recipe: _Recipe, rows: Int64Array) -> Iterator[Batch]:
-        per_task = self.config.batch_size * self.config.batches_per_task
-        chunks = [rows[at : at + per_task] for at in range(0, len(rows), per_task)]
-        read = self._read_ray if self.config.reader == "ray" else self._read_local
-        return (_to_batch(columns) for columns in read(recipe, chunks))
-
-    @staticmethod
-    def _read_local(recipe: _Recipe, chunks: list[Int64Array]) -> Iterator[Columns]:
-        """Decode the next batch in a thread while the last one is used."""
-        source = (columns for chunk in chunks for columns in read_batches(recipe, chunk))
-        with ThreadPoolExecutor(1, thread_name_prefix="loading") as pool:
-            pending = pool.submit(next, source, None)
-            while (columns := pending.result()) is not None:
-                pending = pool.submit(next, source, None)
-                yield columns
-
-    def _read_ray(self, recipe: _Recipe, chunks: list[Int64Array]) -> Iterator[Columns]:
-        """Decode in Ray tasks; blocks hold one batch each and come in order."""
-        import ray  # noqa: PLC0415  (so that the local reader needs no Ray)
-        import ray.data  # noqa: PLC0415
-
-        if not chunks:
-            return
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        image_bytes = recipe.spec.num_channels * recipe.spec.size_hw[0] * recipe.spec.size_hw[1]
-        context.target_max_block_size = max(recipe.batch_size * image_bytes, 1)  # else small batches are merged
-        context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.num_tasks)
-        recipe_ref = ray.put(recipe)
-
-        def decode(task: dict[str, Any]) -> Iterator[Columns]:
-            for rows in task["rows"]:
-                yield from read_batches(ray.get(recipe_ref), np.frombuffer(rows, np.int64))
-
-        tasks = ray.data.from_items([{"rows": chunk.tobytes()} for chunk in chunks], override_num_blocks=len(chunks))
-        batches = tasks.map_batches(decode, batch_size=1)
-        try:
-            yield from batches.iter_batches(batch_size=recipe.batch_size, batch_format="numpy", prefetch_batches=2)
-        except ray.exceptions.RayError as error:
-            raise _own_cause(error) from None
+    def _batches(self, recipe: _Recipe, draws: Int64Array) -> Iterator[Batch]:
+        batches = [draws[at : at + self.config.batch_size] for at in range(0, len(draws), self.config.batch_size)]
+        if self.config.num_tasks == 0:
+            columns = _read_in_thread(recipe, batches)
+        elif self.config.reader == "local":
+            columns = _read_in_processes(recipe, batches, self.config.num_tasks)
+        else:
+            columns = _read_in_ray(recipe, batches, self.config)
+        return map(_to_batch, columns)
 
 
-def read_batches(recipe: _Recipe, rows: Int64Array) -> Iterator[Columns]:
-    """Read, decode and transform rows, in their order, as the columns of batches.
+def read_batches(recipe: _Recipe, batches: list[Int64Array]) -> Iterator[Columns]:
+    """Read, decode and transform draws, in their order, as the columns of batches.
 
     Raises:
         DataError: a shard cannot be read, or holds an image that does not decode.
     """
+    num_rows = recipe.source.manifest.num_rows(recipe.split)
+    for at in range(0, len(batches), recipe.batches_per_read):
+        together = batches[at : at + recipe.batches_per_read]
+        encoded = _read_rows(recipe, np.unique(np.concatenate(together) % num_rows))
+        for batch in together:
+            yield _columns(recipe, batch, [encoded[row] for row in (batch % num_rows).tolist()])
+
+
+def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, tuple[str, bytes, int]]:
+    """Id, encoded image and label of sorted rows."""
     files = recipe.source.manifest.of(recipe.split)
     file_starts = np.cumsum([0, *(shard.num_rows for shard in files)])
-    group_starts = [np.cumsum([0, *shard.row_groups]) for shard in files]
     encoded: dict[int, tuple[str, bytes, int]] = {}
-    for number, (start, stop) in enumerate(pairwise(file_starts)):
-        inside = np.sort(rows[(rows >= start) & (rows < stop)]) - start
-        if len(inside):
-            groups = np.unique(np.searchsorted(group_starts[number], inside, side="right") - 1)
-            table = shards.read(
-                recipe.source.path / files[number].name, groups.tolist(), ["image_id", "image", "label"]
-            )
-            held = np.concatenate([np.arange(*group_starts[number][group : group + 2]) for group in groups])
-            chosen = table.take(np.searchsorted(held, inside))
-            values = (chosen.column(name) for name in ("image_id", "image", "label"))
-            for row, image_id, image, label in zip(inside + start, *values, strict=True):
-                encoded[int(row)] = (image_id.as_py(), image.as_py(), label.as_py())
-    for at in range(0, len(rows), recipe.batch_size):
-        part = [int(row) for row in rows[at : at + recipe.batch_size]]
-        yield _columns(recipe, part, [encoded[row] for row in part])
+    for shard, (start, stop) in zip(files, pairwise(file_starts.tolist()), strict=True):
+        inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
+        if not len(inside):
+            continue
+        group_starts = np.cumsum([0, *shard.row_groups])
+        groups = np.unique(np.searchsorted(group_starts, inside, side="right") - 1)
+        table = shards.read(recipe.source.path / shard.name, groups.tolist(), ["image_id", "image", "label"])
+        held = np.concatenate([np.arange(*group_starts[group : group + 2]) for group in groups])
+        chosen = table.take(np.searchsorted(held, inside))
+        values = (chosen.column(name) for name in ("image_id", "image", "label"))
+        for row, image_id, image, label in zip((inside + start).tolist(), *values, strict=True):
+            encoded[row] = (image_id.as_py(), image.as_py(), label.as_py())
+    return encoded
 
 
-def _columns(recipe: _Recipe, rows: list[int], encoded: list[tuple[str, bytes, int]]) -> Columns:
-    views = [_view(recipe, row, image_id, data) for row, (image_id, data, _) in zip(rows, encoded, strict=True)]
+def _read_in_thread(recipe: _Recipe, batches: list[Int64Array]) -> Iterator[Columns]:
+    """Decode the next batch in a thread while the last one is used."""
+    source = read_batches(recipe, batches)
+    with ThreadPoolExecutor(1, thread_name_prefix="loading") as pool:
+        pending = pool.submit(next, source, None)
+        while (columns := pending.result()) is not None:
+            pending = pool.submit(next, source, None)
+            yield columns
+
+
+class _Share(IterableDataset[Columns | VentralError]):
+    """The batches of one process of a DataLoader, which asks its processes in turn and so keeps the order."""
+
+    def __init__(self, recipe: _Recipe, batches: list[Int64Array]) -> None:
+        self.recipe, self.batches = recipe, batches
+
+    def __iter__(self) -> Iterator[Columns | VentralError]:
+        """Read this process's batches; errors travel as values, because torch would bury their message."""
+        info = get_worker_info()
+        assert info is not None
+        try:
+            for columns in read_batches(self.recipe, self.batches[info.id :: info.num_workers]):
+                tensors = {name: torch.from_numpy(columns[name]) for name in ("image", "label", "frame")}
+                yield columns | tensors
+        except VentralError as error:
+            yield error
+
+
+def _read_in_processes(recipe: _Recipe, batches: list[Int64Array], num_tasks: int) -> Iterator[Columns]:
+    """Decode in processes of a torch DataLoader; pixels come through shared memory."""
+    if not batches:
+        return
+    share = _Share(recipe, batches)
+    for columns in DataLoader(share, batch_size=None, num_workers=min(num_tasks, len(batches)), prefetch_factor=2):
+        if isinstance(columns, VentralError):
+            raise columns
+        yield columns
+
+
+def _read_in_ray(recipe: _Recipe, batches: list[Int64Array], config: Config) -> Iterator[Columns]:
+    """Decode in Ray tasks; a block holds one batch, and what comes early waits for its turn."""
+    import ray  # noqa: PLC0415  (so that the local reader needs no Ray)
+    import ray.data  # noqa: PLC0415
+
+    if not batches:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    image_bytes = recipe.spec.num_channels * recipe.spec.size_hw[0] * recipe.spec.size_hw[1]
+    context.target_max_block_size = max(len(batches[0]) * image_bytes, 1)  # else small batches are merged
+    context.execution_options.preserve_order = False  # tasks take turns
+    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=config.num_tasks)
+    context.execution_options.label_selector = _selector(ray.nodes(), config.decode_on)
+    num_tasks = min(config.num_tasks, len(batches))
+    work = ray.put((recipe, batches))
+
+    def decode(task: dict[str, Any]) -> Iterator[Columns]:
+        recipe, batches = ray.get(work)
+        for first in task["first"].tolist():
+            numbers = range(first, len(batches), num_tasks)
+            for number, columns in zip(numbers, read_batches(recipe, batches[first::num_tasks]), strict=True):
+                yield columns | {"number": np.full(len(columns["label"]), number)}
+
+    tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
+    blocks = tasks.map_batches(decode, batch_size=1)
+    try:
+        yield from _in_order(blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+    except ray.exceptions.RayError as error:
+        raise own_cause(error) from None
+
+
+def _in_order(blocks: Iterator[Columns]) -> Iterator[Columns]:
+    """Hold back what came before its turn."""
+    waiting: list[tuple[int, Columns]] = []
+    turn = 0
+    for columns in blocks:
+        heapq.heappush(waiting, (int(columns["number"][0]), columns))
+        while waiting and waiting[0][0] == turn:
+            yield heapq.heappop(waiting)[1]
+            turn += 1
+
+
+def _selector(nodes: list[dict[str, Any]], wanted: dict[str, str]) -> dict[str, str] | None:
+    """The labels to ask for, where a living node has them."""
+    alive = (node["Labels"] for node in nodes if node["Alive"])
+    return wanted if wanted and any(wanted.items() <= labels.items() for labels in alive) else None
+
+
+def _columns(recipe: _Recipe, draws: Int64Array, encoded: list[tuple[str, bytes, int]]) -> Columns:
+    views = [_view(recipe, draw, *row[:2]) for draw, row in zip(draws.tolist(), encoded, strict=True)]
     return {
         "image": np.stack([pixels for pixels, _ in views]),
         "label": np.array([label for _, _, label in encoded], np.int64),
@@ -200,43 +299,36 @@ def _columns(recipe: _Recipe, rows: list[int], encoded: list[tuple[str, bytes, i
     }
 
 
-def _view(recipe: _Recipe, row: int, image_id: str, data: bytes) -> tuple[Any, Frame]:
+def _view(recipe: _Recipe, draw: int, image_id: str, data: bytes) -> tuple[Any, Frame]:
     try:
         if recipe.augment is None:
             return classify.evaluation(data, recipe.spec, recipe.source.manifest.decoding)
-        rng = np.random.default_rng([recipe.seed, recipe.epoch, row])
+        rng = np.random.default_rng([recipe.seed, recipe.epoch, draw])
         pixels = classify.training(data, recipe.spec, recipe.augment, rng, recipe.source.manifest.decoding)
         return pixels, Frame(recipe.spec.size_hw, recipe.spec.size_hw)
     except ImageError as error:
-        raise DataError(
-            f"{recipe.source.path}: image '{image_id}' does not decode: {error}; verify the shards"
-        ) from None
+        raise DataError(f"{recipe.source.path}: image '{image_id}' does not decode: {error}; run jobs.verify") from None
+
+
+def _labels(source: shards.Shards) -> Int64Array:
+    """The label of every training row."""
+    files = source.manifest.of("train")
+    tables = (shards.read(source.path / shard.name, list(range(len(shard.row_groups))), ["label"]) for shard in files)
+    return np.concatenate([table.column("label").to_numpy() for table in tables])
 
 
 def _to_batch(columns: Columns) -> Batch:
-    size_hw = (columns["image"].shape[2], columns["image"].shape[3])
+    images, targets = _tensor(columns["image"]), _tensor(columns["label"])
+    size_hw = (images.shape[2], images.shape[3])
     frames = (
-        Frame((int(h), int(w)), size_hw, (float(sx), float(sy)), (float(ox), float(oy)))
-        for h, w, sx, sy, ox, oy in columns["frame"]
+        Frame((int(h), int(w)), size_hw, (sx, sy), (ox, oy)) for h, w, sx, sy, ox, oy in columns["frame"].tolist()
     )
-    return Batch(
-        images=torch.from_numpy(_writable(columns["image"])),
-        targets=torch.from_numpy(_writable(columns["label"])),
-        frames=tuple(frames),
-        ids=tuple(str(image_id) for image_id in columns["id"]),
-    )
+    return Batch(images=images, targets=targets, frames=tuple(frames), ids=tuple(map(str, columns["id"])))
 
 
-def _writable(array: Any) -> Any:
-    """Ray's batches are read-only views of shared memory, which torch must not write to."""
-    return array if array.flags.writeable else array.copy()
-
-
-def _own_cause(error: BaseException) -> BaseException:
-    """The error that our code raised in a Ray task, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, VentralError):
-            return DataError(str(cause))
-        cause = cause.__cause__ or getattr(cause, "cause", None)
-    return error
+def _tensor(values: Any) -> torch.Tensor:
+    """Share the memory; but batches of Ray are read-only views of its store, which torch must not write to."""
+    if not isinstance(values, torch.Tensor):
+        values = torch.from_numpy(values if values.flags.writeable else values.copy())
+    tensor: torch.Tensor = values.pin_memory() if torch.cuda.is_available() else values
+    return tensor

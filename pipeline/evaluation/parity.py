@@ -53,7 +53,7 @@ def compare(client: Client, name: str, bundle: Bundle, source: shards.Shards, sp
 def _offline(bundle: Bundle, source: shards.Shards, split: Split) -> Iterator[Classification]:
     """What evaluation computes, image by image, in the order of the rows."""
     model = bundle.build()
-    loader = Loader(source, model.spec, Loading(batch_size=32, reader="local"))
+    loader = Loader(source, model.spec, Loading(batch_size=32, num_tasks=0))
     with torch.inference_mode():
         for batch in loader.evaluate(split):
             yield from model.postprocess(model(batch), batch.frames)

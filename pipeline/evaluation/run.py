@@ -53,7 +53,7 @@ def evaluate(
 def _count(
     model: bundle.Bundle, source: shards.Shards, split: Split, batch_size: int, rank: int, world_size: int
 ) -> Counts:
-    loading = Loading(batch_size=batch_size, reader="local")
+    loading = Loading(batch_size=batch_size, num_tasks=0)
     network = model.build()
     loader = Loader(source, network.spec, loading, rank=rank, world_size=world_size)
     return count(network, loader.evaluate(split), len(model.card.classes))

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.config import Strict, parse
 from pipeline.data import shards
-from pipeline.errors import ConfigError, ModelError, VentralError
+from pipeline.errors import ConfigError, ModelError, VentralError, own_cause
 from pipeline.inference.bundle import Bundle, load
 from pipeline.models._contract import ClassifierConfig
 from pipeline.training import checkpoint
@@ -69,7 +69,7 @@ def train(
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _own_cause(error) from error
+        raise _cause(error) from error
     finally:
         shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray's own bookkeeping; ours is in checkpoints
     return load(folder / "bundle")
@@ -110,14 +110,11 @@ def fitted(model: ClassifierConfig, source: shards.Shards) -> ClassifierConfig:
     return parse(type(model), model.model_dump(mode="json") | {"num_classes": num_classes}, f"model for {source.path}")
 
 
-def _own_cause(error: BaseException) -> VentralError:
+def _cause(error: BaseException) -> VentralError:
     """The first error that our code raised in a worker; of an unknown one, its type and message."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, VentralError):
-                return cause
-            cause = cause.__cause__ or getattr(cause, "cause", None)
+        if isinstance(cause := own_cause(failure), VentralError):
+            return cause
     first = next(iter(failures.values()), error)
     return ModelError(f"training failed: {type(first).__name__}: {first}")

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from pipeline import imaging
+from pipeline import imaging, storage
 from pipeline.config import Strict, parse
 from pipeline.data import datasets
 from pipeline.data.datasets import ArraysConfig, DatasetConfig, mnist
@@ -40,7 +43,87 @@ def _idx(root: Path) -> None:
         (root / "raw" / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes[:4] + labels)
 
 
-MADE: dict[str, Callable[[Path], None]] = {"image_folder": _folders, "mnist": _idx}
+def _image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(imaging.encode_png(np.zeros((9, 9, 3), np.uint8)))
+
+
+def _text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _voc(root: Path) -> None:
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>5</ymax></bndbox>"
+    for split, names in (("train", "ab"), ("val", "c")):
+        _text(root / f"ImageSets/Main/{split}.txt", "\n".join(names))
+        for name in names:
+            _image(root / f"JPEGImages/{name}.jpg")
+            _text(root / f"Annotations/{name}.xml", f"<a><object><name>{name}</name>{box}</object></a>")
+
+
+def _coco(root: Path) -> None:
+    categories = [{"id": 7, "name": "b"}, {"id": 2, "name": "a"}]
+    for split in ("train", "val"):
+        _image(root / f"{split}2017/x/1.jpg")
+        _image(root / f"{split}2017/2.jpg")
+        images = [{"id": 1, "file_name": "x/1.jpg"}, {"id": 2, "file_name": "2.jpg"}]
+        annotations = [{"id": 1, "image_id": 2, "category_id": 7, "bbox": [0, 1, 2, 3]}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        _text(root / f"annotations/instances_{split}2017.json", json.dumps(content))
+
+
+def _yolo(root: Path) -> None:
+    _text(root / "data.yaml", "names: [b, a]")
+    for split in ("train", "val"):
+        _image(root / f"images/{split}/1.jpg")
+        _image(root / f"images/{split}/2.jpg")
+        _text(root / f"labels/{split}/2.txt", "1 0.5 0.5 0.2 0.2")
+
+
+def _packed(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _imagenet(root: Path) -> None:
+    image = imaging.encode_png(np.zeros((9, 9, 3), np.uint8))
+    inner = {f"{wnid}.tar": _packed({f"{wnid}_1.JPEG": image}) for wnid in ("n02018795", "n01440764")}
+    for wnid in ("n01440764", "n02018795"):
+        (root / "val" / wnid).mkdir(parents=True)
+        (root / "val" / wnid / "ILSVRC2012_val_00000001.JPEG").write_bytes(image)
+    (root / "ILSVRC2012_img_train.tar").write_bytes(_packed(inner))
+
+
+def _samples(root: Path) -> None:
+    root.mkdir()
+    for split in ("train", "val"):
+        files = {f"{key}.png": imaging.encode_png(np.full((9, 9, 3), key, np.uint8)) for key in range(3)}
+        labels = {f"{key}.cls": str(10 - key).encode() for key in range(3)}
+        (root / f"{split}-000.tar").write_bytes(_packed(dict(sorted((files | labels).items()))))
+
+
+def _table(root: Path) -> None:
+    _folders(root)
+    rows = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in ("train/a/1.png", "val/b/1.png")]
+    (root / "images.csv").write_text("\n".join(["uri,class_name,split", *rows, ""]))
+
+
+MADE: dict[str, Callable[[Path], None]] = {
+    "coco": _coco,
+    "voc": _voc,
+    "yolo": _yolo,
+    "image_folder": _folders,
+    "mnist": _idx,
+    "imagenet": _imagenet,
+    "webdataset": _samples,
+    "uri_list": _table,
+}
 
 
 @pytest.fixture(scope="module", params=datasets.names())
@@ -76,11 +159,14 @@ def test_records_are_stable_distinct_and_within_their_split(dataset: DatasetConf
         assert not ids & seen
         seen |= ids
         assert {record.split for record in records} == {split}
-        assert {record.label for record in records} <= set(range(num_classes))
+        for record in records:
+            labels = [record.label] if record.objects is None else record.objects.labels.tolist()
+            assert set(labels) <= set(range(num_classes))
+            assert record.objects is None or record.label is None
         assert not any(record.image_id.startswith("/") or "\\" in record.image_id for record in records)
         for record in (records[0], records[-1]):
             assert Path(record.uri).is_absolute()
-            assert imaging.decode(Path(record.uri).read_bytes()).ndim == 3
+            assert imaging.decode(storage.read(record.uri, record.byte_range)).ndim == 3
 
 
 def test_what_is_written_lies_in_storage(dataset: DatasetConfig) -> None:

@@ -35,10 +35,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
     for split, total in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         labels = [number % 2 for number in range(total)]
         pictures = [rng.integers(40 + 130 * label, 90 + 130 * label, (28, 28, 3), np.uint8) for label in labels]
-        rows: dict[str, list[Any]] = {name: [28] * total for name in shards.SCHEMA.names}
-        rows |= {"image_id": [f"{split}/{number}" for number in range(total)], "label": labels}
-        rows |= {"image": [imaging.encode_png(picture) for picture in pictures], "sha256": [""] * total}
-        files.append(shards.write(folder / f"{split}-00000.parquet", "train" if split == "train" else "val", rows, 8))
+        writer = shards.Writer(folder / f"{split}-00000.parquet", "train" if split == "train" else "val", 8)
+        with writer:
+            for number, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
+                sizes = {name: 28 for name in ("height", "width", "original_height", "original_width")}
+                row = {"image_id": f"{split}/{number}", "image": imaging.encode_png(picture), "sha256": ""}
+                writer.add({**sizes, **row, "label": label})
+        assert writer.shard
+        files.append(writer.shard)
     manifest = shards.Manifest(
         dataset="grey",
         classes=("dark", "bright"),

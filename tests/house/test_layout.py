@@ -21,8 +21,8 @@ CUSTOMARY = {
 MAX_FILE, MAX_FUNCTION, MAX_JOB = 500, 60, 80
 NO_TORCH = (
     *("pipeline.errors", "pipeline.config", "pipeline.types", "pipeline.imaging", "pipeline.data.shards"),
-    *("pipeline.data.ingest", "pipeline.inference.client", "pipeline.data.datasets.digits"),
-    *("pipeline.data.datasets.image_folder", "pipeline.data.datasets.mnist"),
+    *("pipeline.data.ingest", "pipeline.inference.client", "pipeline.data.plan", "pipeline.data.rows"),
+    *(f"pipeline.data.datasets.{path.stem}" for path in (ROOT / "pipeline/data/datasets").glob("[!_]*.py")),
 )
 
 

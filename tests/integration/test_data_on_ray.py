@@ -17,6 +17,7 @@ from pipeline.data import ingest, shards
 from pipeline.data.datasets import image_folder
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
+from pipeline.data.rows import make_shard
 from pipeline.data.transforms.classify import Augment
 from pipeline.errors import DataError
 from pipeline.evaluation.classify import Counts
@@ -88,15 +89,26 @@ def test_ingest_twice_gives_the_same_bytes_as_one_process(made: shards.Shards, p
     val = made.manifest.of("val")[0]
     ids = pq.read_table(made.path / val.name).column("image_id").to_pylist()
     records = tuple(Record(name, str(photos / name), "val", int("dark" in name)) for name in ids)
-    alone = ingest.make_shard(ingest.Task(tmp_path / "alone.parquet", "val", records), CONFIG)
-    assert alone["shard"]["sha256"] == val.sha256
+    alone = make_shard(tmp_path / "alone.parquet", "val", records, CONFIG)
+    assert alone.shard
+    assert alone.shard.sha256 == val.sha256
 
 
-def test_ingest_over_the_reject_limit_fails_and_leaves_nothing(dataset: image_folder.Config, tmp_path: Path) -> None:
+def test_ingest_over_the_reject_limit_shows_nothing_and_a_higher_limit_finishes_it(
+    dataset: image_folder.Config, made: shards.Shards, tmp_path: Path
+) -> None:
     strict = CONFIG.model_copy(update={"max_reject_share": 0.0})
+    folder = tmp_path / "strict"
+    folder.mkdir()
     with pytest.raises(DataError, match=r"1 of 194 images cannot be used \(format: 1\).*notes.txt"):
-        ingest.ingest(dataset, strict, tmp_path / "shards")
-    assert list(tmp_path.iterdir()) == []
+        ingest.ingest(dataset, strict, folder / "shards")
+    assert all(path.name.startswith(".") for path in folder.iterdir())  # no dataset to be seen
+    written = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert written.keys() == {shard.name for shard in made.manifest.shards}
+    after = ingest.ingest(dataset, CONFIG, folder / "shards")
+    assert after.manifest == made.manifest
+    assert {name: (after.path / name).stat().st_mtime_ns for name in written} == written
+    assert list(folder.iterdir()) == [after.path]  # the working folder is gone
 
 
 def test_ingest_finished_before_is_left_alone_or_refused(made: shards.Shards, dataset: image_folder.Config) -> None:

@@ -114,22 +114,16 @@ def ask(url: str, images: list[bytes], **params: int) -> requests.Response:
 def evaluate_offline(made: Bundle, data: bytes, folder: Path) -> Classification:
     """The evaluation's way: from shards through the loader."""
     height, width = imaging.probe(data)
-    row: dict[str, list[Any]] = {
-        "image_id": ["one"],
-        "image": [data],
-        "label": [0],
-        "height": [height],
-        "width": [width],
-        "sha256": [""],
-    }
-    row |= {"original_height": [height], "original_width": [width]}
-    shard = shards.write(folder / "val-00000.parquet", "val", row, 1)
+    sizes = {"height": height, "width": width, "original_height": height, "original_width": width}
+    with shards.Writer(folder / "val-00000.parquet", "val", 1) as writer:
+        writer.add({"image_id": "one", "image": data, "label": 0, "sha256": "", **sizes})
+    assert writer.shard
     manifest = shards.Manifest(
         dataset="one",
         classes=CLASSES,
         class_counts={"val": (1, 0, 0, 0, 0, 0, 0)},
         num_rejects=0,
-        shards=(shard,),
+        shards=(writer.shard,),
         digest="",
         decoding=imaging.DEFAULT,
         config={},

@@ -12,14 +12,17 @@ import torch
 
 from pipeline import imaging
 from pipeline.batch import Batch
-from pipeline.data import ingest, loading, shards
+from pipeline.data import loading, order, shards
 from pipeline.data.loading import Loader
+from pipeline.data.rows import Config as Rows
+from pipeline.data.rows import make_shard
 from pipeline.data.transforms import classify
 from pipeline.errors import DataError
 from pipeline.types import InputSpec, Record
 
 SPEC = InputSpec(size_hw=(28, 28))
-LOCAL = loading.Config(batch_size=4, reader="local", batches_per_task=2)
+LOCAL = loading.Config(batch_size=4, num_tasks=0, batches_per_read=2)
+PROCESSES = LOCAL.model_copy(update={"reader": "local", "num_tasks": 2})
 
 
 def ids(batches: list[Batch]) -> list[tuple[str, ...]]:
@@ -81,20 +84,81 @@ def test_two_workers_interleave_to_the_batches_of_one(stripes: shards.Shards) ->
         assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
 
 
-def test_batches_do_not_depend_on_how_many_one_task_makes(stripes: shards.Shards) -> None:
-    more = LOCAL.model_copy(update={"batches_per_task": 100})
-    assert ids(list(Loader(stripes, SPEC, LOCAL).train(0))) == ids(list(Loader(stripes, SPEC, more).train(0)))
+def equal(left: list[Batch], right: list[Batch]) -> bool:
+    return ids(left) == ids(right) and all(
+        torch.equal(mine.images, theirs.images) and mine.frames == theirs.frames
+        for mine, theirs in zip(left, right, strict=True)
+    )
+
+
+def test_batches_do_not_depend_on_how_many_are_read_at_once(stripes: shards.Shards) -> None:
+    more = LOCAL.model_copy(update={"batches_per_read": 100})
+    assert equal(list(Loader(stripes, SPEC, LOCAL).train(0)), list(Loader(stripes, SPEC, more).train(0)))
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 50])
+def test_processes_give_the_batches_of_the_thread(stripes: shards.Shards, num_tasks: int) -> None:
+    processes = PROCESSES.model_copy(update={"num_tasks": num_tasks})
+    thread, other = (Loader(stripes, SPEC, config, seed=1) for config in (LOCAL, processes))
+    assert equal(list(thread.train(2)), list(other.train(2)))
+    assert equal(list(thread.evaluate("val")), list(other.evaluate("val")))
+
+
+def test_a_position_goes_on_without_repeating_or_skipping_a_sample(stripes: shards.Shards) -> None:
+    whole = Loader(stripes, SPEC, LOCAL)
+    offset = 3 * whole.global_batch_size
+    assert equal(list(whole.train(1, offset)), list(whole.train(1))[3:])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 5), (5, 2)])
+def test_a_position_means_the_same_on_another_number_of_workers(
+    stripes: shards.Shards, before: int, after: int
+) -> None:
+    def step(world_size: int, offset: int, take: int) -> list[str]:
+        loaders = [Loader(stripes, SPEC, LOCAL, rank=rank, world_size=world_size) for rank in range(world_size)]
+        parts = [list(loader.train(0, offset))[:take] for loader in loaders]
+        return [name for step in zip(*parts, strict=True) for batch in step for name in batch.ids]
+
+    first = step(before, 0, 2)
+    rest = step(after, len(first), 99)
+    together = [name for batch in Loader(stripes, SPEC, LOCAL).train(0) for name in batch.ids]
+    assert len(first) == 2 * before * 4
+    assert first + rest == together[: len(first + rest)]
+    assert len(together) - len(first + rest) < after * 4
+
+
+def test_balanced_sampling_draws_a_rare_class_as_often_as_a_frequent_one(stripes: shards.Shards) -> None:
+    rare = stripes.manifest.of("train")[0].model_copy(update={"row_groups": (8, 8)})  # 16 rows instead of 24
+    manifest = stripes.manifest.model_copy(update={"shards": (rare,)})
+    config = LOCAL.model_copy(update={"sampling": order.Sampling(balance=True, repeats=2)})
+    loader = Loader(shards.Shards(stripes.path, manifest), SPEC, config)
+    batches = list(loader.train(0))
+    targets = torch.cat([batch.targets for batch in batches if batch.targets is not None])
+    assert torch.bincount(targets).tolist() == [8, 8]
+    views = {
+        name: [b.images[at] for b in batches for at, other in enumerate(b.ids) if other == name]
+        for name in batches[0].ids
+    }
+    assert all(len(found) >= 2 and not torch.equal(found[0], found[1]) for found in views.values())
+
+
+def test_an_error_in_a_process_is_the_one_sentence(stripes: shards.Shards, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(stripes.path, tmp_path / "copied"))
+    source = shards.load(copied)
+    (copied / source.manifest.of("val")[0].name).unlink()
+    with pytest.raises(DataError, match=r"^\S+val-00000\.parquet: cannot be read as a shard: [^\n]*$"):
+        list(Loader(source, SPEC, PROCESSES).evaluate("val"))
 
 
 def test_steps_per_epoch_counts_whole_global_batches(stripes: shards.Shards) -> None:
-    config = loading.Config(batch_size=7, reader="local")
+    config = loading.Config(batch_size=7, num_tasks=0)
     loaders = [Loader(stripes, SPEC, config, rank=rank, world_size=2) for rank in range(2)]
     assert [loader.steps_per_epoch for loader in loaders] == [2, 2]  # 40 // 14
     assert [len(list(loader.train(0))) for loader in loaders] == [2, 2]
 
 
 def test_a_split_that_does_not_fill_one_batch_says_what_to_do(stripes: shards.Shards) -> None:
-    loader = Loader(stripes, SPEC, loading.Config(batch_size=21, reader="local"), world_size=2)
+    loader = Loader(stripes, SPEC, loading.Config(batch_size=21, num_tasks=0), world_size=2)
     with pytest.raises(DataError, match="40 training images do not fill one batch of 21 on each of 2 workers; take a"):
         _ = loader.steps_per_epoch
 
@@ -102,12 +166,12 @@ def test_a_split_that_does_not_fill_one_batch_says_what_to_do(stripes: shards.Sh
 def test_an_image_that_does_not_decode_is_named(stripes: shards.Shards, tmp_path: Path) -> None:
     pixels = np.zeros((40, 40, 3), np.uint8)
     (tmp_path / "a.png").write_bytes(imaging.encode_png(pixels))
-    task = ingest.Task(tmp_path / "val.parquet", "val", (Record("val/a", str(tmp_path / "a.png"), "val", 0),))
-    shard = shards.Shard(**ingest.make_shard(task, ingest.Config())["shard"])
+    record = Record("val/a", str(tmp_path / "a.png"), "val", 0)
+    shard = make_shard(tmp_path / "val.parquet", "val", [record], Rows()).shard
     jpeg_only = imaging.Decoding(formats=("JPEG",))
     manifest = stripes.manifest.model_copy(update={"shards": (shard,), "decoding": jpeg_only})
     loader = Loader(shards.Shards(tmp_path, manifest), SPEC, LOCAL)
-    with pytest.raises(DataError, match=r"image 'val/a' does not decode: .*JPEG.*; verify the shards"):
+    with pytest.raises(DataError, match=r"image 'val/a' does not decode: .*JPEG.*; run jobs.verify"):
         list(loader.evaluate("val"))
 
 

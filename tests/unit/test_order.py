@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.order import WINDOW, evaluation_share, training_order, training_share
+from pipeline.data.order import (
+    WINDOW,
+    Sampling,
+    evaluation_share,
+    sampled_rows,
+    training_order,
+    training_share,
+)
 
 GROUPS = st.lists(st.integers(1, 9), min_size=1, max_size=40)
 NUMBERS = st.integers(0, 1000)
@@ -55,3 +62,38 @@ def test_evaluation_covers_each_of_103_rows_once(world_size: int) -> None:
 def test_evaluation_shares_partition_any_number_of_rows(num_rows: int, world_size: int) -> None:
     rows = np.concatenate([evaluation_share(num_rows, rank, world_size) for rank in range(world_size)])
     assert sorted(rows.tolist()) == list(range(num_rows))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(1, 5), NUMBERS)
+def test_balanced_rows_hold_every_class_equally_often(labels: list[int], repeats: int, epoch: int) -> None:
+    rows = sampled_rows(Sampling(balance=True, repeats=repeats), np.array(labels), 0, epoch)
+    assert len(rows) == len(labels)
+    counts = np.bincount(np.array(labels)[rows])
+    present = counts[counts > 0]
+    if len(labels) >= 5 * repeats:
+        assert set(np.flatnonzero(counts)) == set(labels)
+    assert present.max() - present.min() <= 2 * repeats
+
+
+@given(st.integers(1, 200), st.integers(1, 7), NUMBERS)
+def test_repeated_rows_come_so_many_times_and_fewer_of_them(num_rows: int, repeats: int, epoch: int) -> None:
+    rows = sampled_rows(Sampling(repeats=repeats), np.zeros(num_rows, np.int64), 0, epoch)
+    counts = np.bincount(rows)
+    assert len(rows) == num_rows
+    assert sorted(counts[counts > 0])[1:] == [repeats] * (len(counts[counts > 0]) - 1)  # the last one may be cut
+
+
+@given(GROUPS, st.integers(1, 4), NUMBERS)
+def test_repeated_draws_are_distinct_and_stay_in_their_window(groups: list[int], repeats: int, seed: int) -> None:
+    num_rows = sum(groups)
+    rows = np.sort(np.repeat(np.arange(num_rows), repeats))
+    draws = training_order(groups, seed, 0, rows)
+    assert sorted(draws.tolist()) == list(range(num_rows * repeats))
+    np.testing.assert_array_equal(np.sort(draws % num_rows), rows)
+
+
+@given(GROUPS, NUMBERS)
+def test_every_row_once_is_the_plain_order(groups: list[int], seed: int) -> None:
+    np.testing.assert_array_equal(
+        training_order(groups, seed, 3, np.arange(sum(groups))), training_order(groups, seed, 3)
+    )

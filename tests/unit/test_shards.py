@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from pipeline.types import Split
 NUMBERS = ("label", "height", "width", "original_height", "original_width")
 
 
-def rows(count: int) -> dict[str, list[Any]]:
-    texts = {name: [f"{name}-{index}" for index in range(count)] for name in ("image_id", "sha256")}
-    numbers = {name: list(range(count)) for name in NUMBERS}
-    return {**texts, **numbers, "image": [bytes([index]) * 100 for index in range(count)]}
+def row(index: int) -> dict[str, Any]:
+    texts = {name: f"{name}-{index}" for name in ("image_id", "sha256")}
+    return {**texts, **dict.fromkeys(NUMBERS, index), "image": bytes([index]) * 100}
+
+
+def write(path: Path, split: Split, rows: Iterable[dict[str, Any]], row_group_size: int) -> shards.Shard | None:
+    with shards.Writer(path, split, row_group_size) as writer:
+        for one in rows:
+            writer.add(one)
+    return writer.shard
 
 
 @pytest.fixture
@@ -28,7 +35,8 @@ def copied(stripes: shards.Shards, tmp_path: Path) -> Path:
 
 
 def test_write_and_read_give_the_rows_back_by_row_group(tmp_path: Path) -> None:
-    shard = shards.write(tmp_path / "train-00000.parquet", "train", rows(10), row_group_size=4)
+    shard = write(tmp_path / "train-00000.parquet", "train", map(row, range(10)), 4)
+    assert shard
     assert (shard.name, shard.split, shard.row_groups, shard.num_rows) == (
         "train-00000.parquet",
         "train",
@@ -43,14 +51,27 @@ def test_write_and_read_give_the_rows_back_by_row_group(tmp_path: Path) -> None:
 
 
 def test_write_stores_images_uncompressed(tmp_path: Path) -> None:
-    shards.write(tmp_path / "a.parquet", "val", rows(200), row_group_size=128)
+    write(tmp_path / "a.parquet", "val", map(row, range(200)), 128)
     assert (tmp_path / "a.parquet").stat().st_size > 200 * 100
 
 
 def test_write_that_fails_leaves_no_shard(tmp_path: Path) -> None:
+    bad = row(5) | {"label": "x"}
     with pytest.raises((TypeError, ValueError)):
-        shards.write(tmp_path / "a.parquet", "val", rows(3) | {"label": ["x", "y", "z"]}, row_group_size=2)
-    assert not (tmp_path / "a.parquet").exists()
+        write(tmp_path / "a.parquet", "val", [*map(row, range(5)), bad], 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_of_nothing_makes_no_file(tmp_path: Path) -> None:
+    assert write(tmp_path / "a.parquet", "val", [], 2) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_leaves_the_columns_that_a_row_lacks_empty(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", "val", [row(1), row(2) | {"boxes": [[0.0, 1.0, 2.0, 3.0]]}], 2)
+    table = shards.read(tmp_path / "a.parquet", [0])
+    assert table.schema == shards.SCHEMA
+    assert table.column("boxes").to_pylist() == [None, [[0.0, 1.0, 2.0, 3.0]]]
 
 
 def test_check_of_whole_shards_passes(stripes: shards.Shards) -> None:
@@ -96,7 +117,7 @@ def test_load_without_manifest_says_what_to_run(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"schema_version": 2}, "schema_version: "),
+        ({"schema_version": 1}, "schema_version: "),
         ({"classes": None}, "classes: "),
         ({"colour": 1}, "colour: "),
         ({"num_rejects": "0"}, "num_rejects: "),

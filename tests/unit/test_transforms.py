@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torchvision.transforms import v2
 
 from pipeline import imaging
 from pipeline.config import parse
-from pipeline.data.transforms.classify import Augment, evaluation, training
+from pipeline.data.transforms.classify import Augment, Erase, RandAugment, check, evaluation, ten_crop, training
+from pipeline.data.transforms.resizing import resize, resize_mask
 from pipeline.errors import ConfigError, ImageError
 from pipeline.types import InputSpec, UInt8Array
 
@@ -173,3 +175,178 @@ def test_brightness_scales_and_saturation_keeps_grey() -> None:
 def test_ranges_that_no_picture_can_meet_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(keys))):
         parse(Augment, keys, "here")
+
+
+DRAWN_IN_VERSION_0_1 = {  # pixels and the generator's next number, from before RandAugment and erasing
+    "random": (Augment(crop="random"), "e5e2f22816d3bf26", 620936792),
+    "none": (Augment(crop="none"), "0e26feedc994692a", 734632613),
+    "jitter": (Augment(crop="random", brightness=0.4, contrast=0.4, saturation=0.4), "358dee7619fe8663", 306088397),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_IN_VERSION_0_1)
+def test_training_view_without_new_augmentations_is_what_it_was(name: str) -> None:
+    """Pictures of the right short side, which torch need not resize: to the last bit."""
+    augment, digest, following = DRAWN_IN_VERSION_0_1[name]
+    spec, rng = InputSpec(size_hw=(24, 32), resize_short=40), np.random.default_rng(7)
+    view = training(imaging.encode_png(photo(40, 52)), spec, augment, rng)
+    assert hashlib.sha256(view.tobytes()).hexdigest()[:16] == digest
+    assert rng.integers(1 << 30) == following
+
+
+def test_resized_training_view_without_new_augmentations_is_what_it_was() -> None:
+    """The mean red of 4 x 4 fields, to a level: torch's kernel may round otherwise on another processor."""
+    rng = np.random.default_rng(7)
+    view = training(imaging.encode_png(photo(40, 52)), InputSpec(size_hw=(24, 32)), Augment(), rng)
+    was = [[229.8, 191.8, 152.6, 112.4], [229.7, 190.4, 151.9, 112.5], [231.3, 191.5, 151.7, 112.2]]
+    np.testing.assert_allclose(view.reshape(3, 4, 6, 4, 8).mean((2, 4))[0, :3], was, atol=1)
+    assert rng.integers(1 << 30) == 59626577
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60), st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 7]))
+def test_resize_equals_torchvisions_for_any_number_of_channels(
+    height: int, width: int, to_height: int, to_width: int, channels: int
+) -> None:
+    image = np.random.default_rng(height * width).integers(0, 256, (height, width, channels), np.uint8)
+    planes = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    expected = v2.functional.resize(planes, [to_height, to_width], antialias=True).numpy()
+    resized = resize(image, (to_height, to_width))
+    assert resized.flags.c_contiguous
+    assert np.abs(resized.astype(int) - expected).max() <= 1
+
+
+def test_resized_mask_takes_the_class_at_each_pixels_centre() -> None:
+    mask = np.array([[0, 1, 2, 3], [4, 5, 6, 255]], np.uint8)
+    np.testing.assert_array_equal(resize_mask(mask, (4, 8)), mask.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(resize_mask(mask, (2, 2)), [[1, 3], [5, 255]])
+    assert resize_mask(mask, (2, 4)) is mask
+
+
+@pytest.mark.parametrize("hw", [(60, 90), (91, 60), (40, 40), (41, 50)])
+def test_ten_crop_equals_torchvisions_of_the_centre_square(hw: tuple[int, int]) -> None:
+    """Torchvision cuts the mirrored picture, so that its sixth view is the mirror image of its second."""
+    image, spec = photo(*hw), InputSpec(size_hw=(24, 32), resize_short=40)
+    pipeline = v2.Compose([v2.Resize(40, antialias=True), v2.CenterCrop(40), v2.TenCrop((24, 32))])
+    cropped = torch.stack(pipeline(torch.from_numpy(image).permute(2, 0, 1))).numpy()
+    expected = cropped[[0, 1, 2, 3, 4, 6, 5, 8, 7, 9]]
+    views = ten_crop(imaging.encode_png(image), spec)
+    assert (views.shape, str(views.dtype), views.flags.c_contiguous) == ((10, 3, 24, 32), "uint8", True)
+    assert np.abs(views.astype(int) - expected).max() <= 1
+
+
+def test_ten_crop_of_a_stretched_picture_is_the_whole_of_it_and_its_mirror() -> None:
+    data, spec = imaging.encode_png(photo(30, 40)), InputSpec(size_hw=(24, 24))
+    views, (whole, _) = ten_crop(data, spec), evaluation(data, spec)
+    assert all(np.array_equal(view, whole) for view in views[:5])
+    assert all(np.array_equal(view, whole[:, :, ::-1]) for view in views[5:])
+
+
+def test_rand_augment_makes_what_torchvisions_makes_and_nothing_else() -> None:
+    """One operation of one strength has 23 results (14 operations, 9 of them with two signs): both find all of them."""
+    image = photo(40, 48)
+    data, spec = imaging.encode_png(image), InputSpec(size_hw=(40, 48))
+    augment = Augment(crop="none", flip=False, rand_augment=RandAugment(num_ops=1, magnitude=12))
+    ours = {training(data, spec, augment, np.random.default_rng(seed)).tobytes() for seed in range(400)}
+    reference = v2.RandAugment(num_ops=1, magnitude=12, fill=128)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = {reference(pixels).numpy().tobytes() for _ in range(400)}
+    first, second = (np.array([np.frombuffer(view, np.uint8) for view in views], np.int64) for views in (ours, theirs))
+    # Products rounded otherwise make a level, a coordinate just between two pixels the one or the other of them.
+    same = (np.abs(first[:, None] - second[None]) > 1).mean(axis=2) < 0.01
+    assert same.shape == (23, 23)
+    assert (same.sum(axis=0) == 1).all()
+    assert (same.sum(axis=1) == 1).all()
+
+
+def test_rand_augment_of_no_strength_and_many_operations_leaves_a_valid_picture() -> None:
+    data, spec = imaging.encode_png(photo(20, 24)), InputSpec(size_hw=(20, 24))
+    for magnitude in (0, 30):
+        augment = Augment(rand_augment=RandAugment(num_ops=8, magnitude=magnitude))
+        view = training(data, spec, augment, np.random.default_rng(0))
+        assert (view.shape, str(view.dtype), view.flags.c_contiguous) == ((3, 20, 24), "uint8", True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 50), st.integers(8, 50), st.integers(0, 10_000))
+def test_erase_paints_one_rectangle_of_the_asked_area_and_aspect(height: int, width: int, seed: int) -> None:
+    data = imaging.encode_png(np.full((height, width, 3), 7, np.uint8))
+    spec = InputSpec(size_hw=(height, width), mean=(0.2, 0.4, 0.6), std=(1, 1, 1))
+    erase = Erase(probability=1.0, area=(0.1, 0.3), aspect=(0.5, 2.0), fill="mean")
+    augment = Augment(crop="none", flip=False, erase=erase)
+    view = training(data, spec, augment, np.random.default_rng(seed))
+    rows, columns = np.nonzero(view[0] != 7)
+    h, w = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert len(rows) == h * w
+    assert (view[:, rows, columns] == np.array([[51], [102], [153]])).all()
+    assert (h - 0.5) * (w - 0.5) <= 0.3 * height * width
+    assert (h + 0.5) * (w + 0.5) >= 0.1 * height * width
+    assert (h - 0.5) / (w + 0.5) <= 2
+    assert (h + 0.5) / (w - 0.5) >= 0.5
+
+
+def test_erase_with_noise_draws_every_pixel_and_happens_as_often_as_asked() -> None:
+    data, spec = imaging.encode_png(np.zeros((32, 32, 3), np.uint8)), InputSpec(size_hw=(32, 32))
+    augment = Augment(crop="none", flip=False, erase=Erase(probability=0.25, area=(0.3, 0.3)))
+    views = [training(data, spec, augment, np.random.default_rng(seed)) for seed in range(200)]
+    erased = [view for view in views if view.any()]
+    assert 30 <= len(erased) <= 70
+    values = np.concatenate([view[:, view.any(axis=0)].ravel() for view in erased])
+    assert values.mean() == pytest.approx(127.5, abs=2)
+    assert set(np.unique(values)) == set(range(256))
+
+
+def test_erase_that_fits_nowhere_leaves_the_picture() -> None:
+    data, spec = imaging.encode_png(photo(8, 8)), InputSpec(size_hw=(8, 8))
+    augment = Augment(crop="none", flip=False, erase=Erase(probability=1.0, area=(0.9, 0.9), aspect=(9.0, 9.0)))
+    view = training(data, spec, augment, np.random.default_rng(0))
+    np.testing.assert_array_equal(view, evaluation(data, spec)[0])
+
+
+def test_new_augmentations_are_functions_of_the_generator_alone() -> None:
+    augment = parse(Augment, {"rand_augment": {"num_ops": 3}, "erase": {"probability": 1.0}}, "here")
+    data, spec = imaging.encode_jpeg(photo(60, 90)), InputSpec(size_hw=(24, 32))
+    torch.manual_seed(1)
+    first = training(data, spec, augment, np.random.default_rng(5))
+    torch.manual_seed(2)
+    np.testing.assert_array_equal(first, training(data, spec, augment, np.random.default_rng(5)))
+    assert not np.array_equal(first, training(data, spec, augment, np.random.default_rng(6)))
+
+
+@pytest.mark.parametrize("keys", [{"brightness": 0.1}, {"contrast": 0.1}, {"saturation": 0.1}, {"rand_augment": {}}])
+def test_colour_augmentation_of_pictures_without_rgb_is_a_config_error(keys: dict[str, Any]) -> None:
+    augment = parse(Augment, keys, "here")
+    check(augment, InputSpec((8, 8)))
+    with pytest.raises(ConfigError, match=next(iter(keys))):
+        check(augment, InputSpec((8, 8), mean=(0.5,), std=(0.5,), num_channels=5))
+    check(parse(Augment, {"erase": {}}, "here"), InputSpec((8, 8), mean=(0.5,), std=(0.5,), num_channels=5))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rand_augment": {"num_ops": 0}},
+        {"rand_augment": {"magnitude": 31}},
+        {"erase": {"probability": 1.5}},
+        {"erase": {"area": [0.4, 0.1]}},
+        {"erase": {"aspect": [0, 1]}},
+        {"erase": {"fill": "black"}},
+    ],
+)
+def test_new_augmentations_out_of_range_are_refused(keys: dict[str, Any]) -> None:
+    outer, inner = next(iter(keys.items()))
+    with pytest.raises(ConfigError, match=rf"{outer}\.{next(iter(inner))}"):
+        parse(Augment, keys, "here")
+
+
+def test_evaluation_and_training_of_grey_and_of_many_bands_keep_their_channels() -> None:
+    grey = InputSpec((8, 8), resize_short=10, mean=(0.5,), std=(0.5,), num_channels=1)
+    data = imaging.encode_png(photo(20, 24)[..., 0])
+    assert evaluation(data, grey)[0].shape == (1, 8, 8)
+    assert ten_crop(data, grey).shape == (10, 1, 8, 8)
+    augment = Augment(erase=Erase(probability=1.0))
+    assert training(data, grey, augment, np.random.default_rng(0)).shape == (1, 8, 8)
+    with pytest.raises(ImageError):
+        evaluation(imaging.encode_png(photo(20, 24)), grey)

@@ -2,24 +2,64 @@
 
 Everything that looks at a picture on behalf of a classifier (loading, evaluation, predictor, endpoint) goes through
 `evaluation` here, so none of them can disagree about a pixel. Normalisation is the model's first layer, not ours.
-Batch-level augmentation (mixup, label smoothing) runs on the device, in `pipeline.training`.
+Batch-level augmentation (mixup, cutmix, colour noise) runs on the device, in `transforms.mixing`. Everything drawn here
+comes from the numpy generator that is given, never from a global one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from pipeline import imaging
 from pipeline.config import Strict
+from pipeline.data.transforms.resizing import resize
+from pipeline.errors import ConfigError
 from pipeline.types import Frame, InputSpec, UInt8Array
 
-Range = tuple[float, float]
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < bounds[0] <= bounds[1] < math.inf:
+        raise ValueError("expected two positive numbers, the smaller one first")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+class RandAugment(Strict):
+    """Operations drawn at random, all of one strength (Cubuk et al. 2020, "RandAugment", section 3).
+
+    Of 14 operations (`_OPERATIONS`) each draw is equally likely, with replacement; the sign of those that have one too.
+
+    Attributes:
+        num_ops: operations in a row, the paper's N.
+        magnitude: their strength, the paper's M, on torchvision's scale from 0 to 30.
+    """
+
+    num_ops: int = Field(default=2, ge=1)
+    magnitude: int = Field(default=9, ge=0, le=30)
+
+
+class Erase(Strict):
+    """Random erasing: a rectangle is painted over (Zhong et al. 2020, "Random Erasing Data Augmentation", section 3).
+
+    Attributes:
+        probability: that a picture loses a rectangle.
+        area: its share of the input's area.
+        aspect: its height / width, drawn evenly on a logarithmic scale, so that tall is as likely as wide.
+        fill: `random`: noise, a value per pixel and channel, the paper's best; `mean`: the specification's mean colour.
+    """
+
+    probability: float = Field(default=0.5, ge=0, le=1)
+    area: Range = (0.02, 0.4)
+    aspect: Range = (0.3, 1 / 0.3)
+    fill: Literal["random", "mean"] = "random"
 
 
 class Augment(Strict):
@@ -32,7 +72,9 @@ class Augment(Strict):
         scale: share of the picture's area that `resized` keeps.
         ratio: aspect (width / height) of the window of `resized`.
         flip: mirror left-right with probability 1/2; not for digits.
-        brightness, contrast, saturation: strongest relative change; 0 leaves the picture as it is.
+        brightness, contrast, saturation: strongest relative change; 0 leaves the picture as it is. For RGB only.
+        rand_augment: operations of random kind after crop and flip; None for none. For RGB only.
+        erase: a rectangle painted over at the end; None for none.
     """
 
     crop: Literal["resized", "random", "none"] = "resized"
@@ -42,13 +84,23 @@ class Augment(Strict):
     brightness: float = Field(default=0.0, ge=0, le=1)
     contrast: float = Field(default=0.0, ge=0, le=1)
     saturation: float = Field(default=0.0, ge=0, le=1)
+    rand_augment: RandAugment | None = None
+    erase: Erase | None = None
 
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, bounds: Range) -> Range:
-        if not 0 < bounds[0] <= bounds[1] < math.inf:
-            raise ValueError("expected two positive numbers, the smaller one first")
-        return bounds
+
+def check(augment: Augment, spec: InputSpec) -> None:
+    """Refuse an augmentation of colours for pictures that have none, before anything starts.
+
+    Raises:
+        ConfigError: naming the keys that need RGB.
+    """
+    keys = ("brightness", "contrast", "saturation", "rand_augment")
+    wrong = [key for key in keys if getattr(augment, key)]
+    if spec.num_channels != 3 and wrong:
+        raise ConfigError(
+            f"augment: {', '.join(wrong)} need{'s' if len(wrong) == 1 else ''} RGB images of 3 channels, "
+            f"the model takes {spec.num_channels}; leave them out"
+        )
 
 
 def evaluation(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imaging.DEFAULT) -> tuple[UInt8Array, Frame]:
@@ -57,6 +109,7 @@ def evaluation(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imagin
     Raises:
         ImageError: the bytes are not an image this project accepts.
     """
+    decoding = _for_channels(decoding, spec)
     image = imaging.decode(data, decoding, min_short=_least_short(spec))
     upright_hw = imaging.probe(data, decoding)
     pixels, frame = _centre(image, spec)
@@ -78,9 +131,10 @@ def training(
     Raises:
         ImageError: the bytes are not an image this project accepts.
     """
+    decoding = _for_channels(decoding, spec)
     if augment.crop == "resized":
         image = imaging.decode(data, decoding)
-        pixels = _resize(_window(image, augment, rng), spec.size_hw)
+        pixels = resize(_window(image, augment, rng), spec.size_hw)
     elif augment.crop == "random":
         image = imaging.decode(data, decoding, min_short=_least_short(spec))
         pixels = _random_crop(_resize_short(image, spec), spec.size_hw, rng)
@@ -88,7 +142,38 @@ def training(
         pixels, _ = _centre(imaging.decode(data, decoding, min_short=_least_short(spec)), spec)
     if augment.flip and rng.random() < 0.5:
         pixels = pixels[:, :, ::-1]
-    return np.ascontiguousarray(_jitter(pixels, augment, rng))
+    if augment.rand_augment is not None:
+        pixels = _rand_augment(pixels, augment.rand_augment, rng)
+    pixels = np.ascontiguousarray(_jitter(pixels, augment, rng))
+    return pixels if augment.erase is None else _erase(pixels, augment.erase, spec, rng)
+
+
+def ten_crop(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imaging.DEFAULT) -> UInt8Array:
+    """The ten views whose scores are averaged in testing: uint8 [10, C, H, W] (Krizhevsky et al. 2012, section 4.1).
+
+    Windows of the input's size from the centre square of side `resize_short` (section 2: the short side is scaled to
+    256, then the central 256 x 256 cut out): top left, top right, bottom left, bottom right, centre, then the mirror
+    images of these in the same order. Without `resize_short` the five windows are one and the same.
+
+    Raises:
+        ImageError: the bytes are not an image this project accepts.
+    """
+    image = imaging.decode(data, _for_channels(decoding, spec), min_short=_least_short(spec))
+    pixels, (height, width) = _resize_short(image, spec), spec.size_hw
+    if spec.resize_short is not None:
+        pixels = _cut_centre(pixels, (spec.resize_short, spec.resize_short))
+    bottom, right = pixels.shape[1] - height, pixels.shape[2] - width
+    corners = ((0, 0), (0, right), (bottom, 0), (bottom, right))
+    windows = [pixels[:, top : top + height, left : left + width] for top, left in corners]
+    views = np.stack([*windows, _cut_centre(pixels, spec.size_hw)])
+    return np.concatenate([views, views[..., ::-1]])
+
+
+def _for_channels(decoding: imaging.Decoding, spec: InputSpec) -> imaging.Decoding:
+    """The same policy, for images of as many channels as the model takes."""
+    if decoding.num_channels == spec.num_channels:
+        return decoding
+    return decoding.model_copy(update={"num_channels": spec.num_channels})
 
 
 def _least_short(spec: InputSpec) -> int:
@@ -99,37 +184,34 @@ def _least_short(spec: InputSpec) -> int:
 def _centre(image: UInt8Array, spec: InputSpec) -> tuple[UInt8Array, Frame]:
     """The evaluation view of a decoded picture [H, W, C], with the frame that maps it to that picture."""
     pixels = _resize_short(image, spec)
-    (height, width), (crop_h, crop_w) = pixels.shape[1:], spec.size_hw
-    top, left = round((height - crop_h) / 2), round((width - crop_w) / 2)  # as torchvision: half to even
+    height, width = pixels.shape[1:]
+    top, left = _centred((height, width), spec.size_hw)
     scale_xy = (width / image.shape[1], height / image.shape[0])
     frame = Frame((image.shape[0], image.shape[1]), spec.size_hw, scale_xy, (float(-left), float(-top)))
-    return np.ascontiguousarray(pixels[:, top : top + crop_h, left : left + crop_w]), frame
+    return np.ascontiguousarray(_cut_centre(pixels, spec.size_hw)), frame
+
+
+def _centred(size_hw: tuple[int, int], crop_hw: tuple[int, int]) -> tuple[int, int]:
+    """Top and left of the centre crop; half a pixel goes to the even side, as in torchvision."""
+    return round((size_hw[0] - crop_hw[0]) / 2), round((size_hw[1] - crop_hw[1]) / 2)
+
+
+def _cut_centre(pixels: UInt8Array, crop_hw: tuple[int, int]) -> UInt8Array:
+    """The centre crop of [C, H, W], a view."""
+    top, left = _centred((pixels.shape[1], pixels.shape[2]), crop_hw)
+    return pixels[:, top : top + crop_hw[0], left : left + crop_hw[1]]
 
 
 def _resize_short(image: UInt8Array, spec: InputSpec) -> UInt8Array:
     """Scale so that the short side is `resize_short`, or stretch to the input where there is none: [C, H', W']."""
     if spec.resize_short is None:
-        return _resize(image, spec.size_hw)
+        return resize(image, spec.size_hw)
     height, width = image.shape[:2]
     scale = spec.resize_short / min(height, width)
     # As torchvision: the long side is truncated, not rounded.
-    return _resize(
+    return resize(
         image, (max(int(height * scale + 1e-6), spec.resize_short), max(int(width * scale + 1e-6), spec.resize_short))
     )
-
-
-def _resize(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
-    """Antialiased bilinear resize of [H, W, C] to [C, h, w].
-
-    The HWC array goes in as a channels-last view, for which torch has a vectorised uint8 kernel: 1.5 times faster than
-    the same call on planes, and equal to it.
-    """
-    if image.shape[:2] == tuple(size_hw):
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
-    view = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)
-    resized = F.interpolate(view, size_hw, mode="bilinear", antialias=True, align_corners=False)
-    pixels: UInt8Array = resized[0].contiguous().numpy()
-    return pixels
 
 
 def _window(image: UInt8Array, augment: Augment, rng: np.random.Generator) -> UInt8Array:
@@ -167,3 +249,85 @@ def _jitter(pixels: UInt8Array, augment: Augment, rng: np.random.Generator) -> U
     values = luma + (values - luma) * (1 + augment.saturation * rng.uniform(-1, 1))
     jittered: UInt8Array = np.clip(values + 0.5, 0, 255).astype(np.uint8)
     return jittered
+
+
+_OUTSIDE = 128  # the grey that moves in where an operation moves the picture away
+
+# RandAugment's operations, each by the name of its kernel: how strong it is at its strongest, and whether its sign is
+# drawn too. Cubuk et al. 2020, section 3, with the ranges and the 31 steps of torchvision's RandAugment.
+_OPERATIONS: tuple[tuple[str, float, bool], ...] = (
+    ("identity", 0, False),
+    ("shear_x", 0.3, True),
+    ("shear_y", 0.3, True),
+    ("translate_x", 150 / 331, True),  # of the width
+    ("translate_y", 150 / 331, True),
+    ("rotate", 30, True),  # degrees
+    ("brightness", 0.9, True),
+    ("saturation", 0.9, True),
+    ("contrast", 0.9, True),
+    ("sharpness", 0.9, True),
+    ("posterize", 4, False),  # bits taken away
+    ("solarize", 1, False),  # of the range of values, from the top, that is inverted
+    ("autocontrast", 0, False),
+    ("equalize", 0, False),
+)
+
+
+def _rand_augment(pixels: UInt8Array, config: RandAugment, rng: np.random.Generator) -> UInt8Array:
+    """Draw and apply operations to [3, H, W]."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels))
+    for _ in range(config.num_ops):
+        name, strongest, signed = _OPERATIONS[int(rng.integers(len(_OPERATIONS)))]
+        strength = strongest * config.magnitude / 30
+        if signed and rng.random() < 0.5:
+            strength = -strength
+        image = _operate(image, name, strength)
+    varied: UInt8Array = image.numpy()
+    return varied
+
+
+def _operate(image: torch.Tensor, name: str, strength: float) -> torch.Tensor:
+    """Apply one of `_OPERATIONS` to uint8 [3, H, W] at a strength on that operation's scale."""
+    # Only here: it takes seconds to import, which no one should wait for who does not use it.
+    from torchvision.transforms.v2 import functional as tv  # noqa: PLC0415
+
+    height, width = image.shape[1:]
+    outside = [float(_OUTSIDE)] * 3
+    lean = math.degrees(math.atan(strength))  # the shear is by the strength, torchvision takes its angle
+    operations: dict[str, Callable[[], torch.Tensor]] = {
+        "identity": lambda: image,
+        "shear_x": lambda: tv.affine(image, 0.0, [0, 0], 1.0, [lean, 0.0], fill=outside, center=[0, 0]),
+        "shear_y": lambda: tv.affine(image, 0.0, [0, 0], 1.0, [0.0, lean], fill=outside, center=[0, 0]),
+        "translate_x": lambda: tv.affine(image, 0.0, [int(strength * width), 0], 1.0, [0.0, 0.0], fill=outside),
+        "translate_y": lambda: tv.affine(image, 0.0, [0, int(strength * height)], 1.0, [0.0, 0.0], fill=outside),
+        "rotate": lambda: tv.rotate(image, strength, fill=outside),
+        "brightness": lambda: tv.adjust_brightness(image, 1 + strength),
+        "saturation": lambda: tv.adjust_saturation(image, 1 + strength),
+        "contrast": lambda: tv.adjust_contrast(image, 1 + strength),
+        "sharpness": lambda: tv.adjust_sharpness(image, 1 + strength),
+        "posterize": lambda: tv.posterize(image, 8 - round(strength)),
+        "solarize": lambda: tv.solarize(image, 255 * (1 - strength)),
+        "autocontrast": lambda: tv.autocontrast(image),
+        "equalize": lambda: tv.equalize(image),
+    }
+    return operations[name]()
+
+
+def _erase(pixels: UInt8Array, erase: Erase, spec: InputSpec, rng: np.random.Generator) -> UInt8Array:
+    """Paint a rectangle of [C, H, W] over, in place: ten draws of area and aspect, none that fits leaves it whole."""
+    channels, height, width = pixels.shape
+    if rng.random() >= erase.probability:
+        return pixels
+    for _ in range(10):
+        area = height * width * rng.uniform(*erase.area)
+        aspect = math.exp(rng.uniform(math.log(erase.aspect[0]), math.log(erase.aspect[1])))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            pixels[:, top : top + h, left : left + w] = (
+                rng.integers(256, size=(channels, h, w), dtype=np.uint8)
+                if erase.fill == "random"
+                else np.round(np.array(spec.mean) * 255).astype(np.uint8)[:, None, None]
+            )
+            break
+    return pixels

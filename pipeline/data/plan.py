@@ -1,0 +1,202 @@
+"""What ingest is going to read: every record of a dataset on disk, shuffled once by seed and cut into shards. No Ray.
+
+The plan lies as JSON lines in the working folder, one file per shard, so that a job that was killed finds it again, a
+task on another node reads only its own part, and the memory of the job does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.errors import DataError
+from pipeline.types import Objects, Record, RunLengths, Split
+
+
+class Part(NamedTuple):
+    """One shard to make: its name without suffix, its split and how many records it is made of."""
+
+    name: str
+    split: Split
+    num_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The records of one split, in a file; only their positions are held.
+
+    Attributes:
+        path: JSON lines.
+        offsets: where each line begins.
+        digest: of ids, labels, boxes and sizes, not of where the files lie.
+    """
+
+    path: Path
+    offsets: array[int]
+    digest: str
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.offsets)
+
+
+def write_listing(path: Path, records: Iterable[Record], seen: Seen | None = None) -> Listing:
+    """Write down the records of one split, except those that were seen before.
+
+    Raises:
+        DataError: two records have one id.
+    """
+    offsets, digest, ids, at = array("q"), hashlib.sha256(), _Ids(), 0
+    with path.open("wb") as file:
+        for record in map(_sized, records):
+            if not ids.add(record.image_id):
+                raise DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
+            fields = _to_json(record)
+            digest.update(json.dumps([value for key, value in fields.items() if "uri" not in key]).encode())
+            if seen is not None and seen.holds(record):
+                continue
+            offsets.append(at)
+            at += file.write(json.dumps(fields).encode() + b"\n")
+    return Listing(path, offsets, digest.hexdigest())
+
+
+def write_parts(
+    folder: Path, listings: dict[Split, Listing], rows_per_shard: int, seed: int, first: dict[Split, int]
+) -> list[Part]:
+    """Shuffle each split by seed and write the part of each shard; they are numbered from `first`."""
+    parts = []
+    for split, listing in listings.items():
+        order = np.random.default_rng([seed, first[split], *split.encode()]).permutation(len(listing))
+        with listing.path.open("rb") as file:
+            for number, start in enumerate(range(0, len(order), rows_per_shard), first[split]):
+                chosen = order[start : start + rows_per_shard]
+                part = Part(f"{split}-{number:05d}", split, len(chosen))
+                with (folder / f"{part.name}.jsonl").open("wb") as out:
+                    for index in chosen:
+                        file.seek(listing.offsets[int(index)])
+                        out.write(file.readline())
+                parts.append(part)
+    return parts
+
+
+def read_part(folder: Path, part: Part) -> Iterator[Record]:
+    """The records of one shard, in its order."""
+    with (folder / f"{part.name}.jsonl").open("rb") as file:
+        for line in file:
+            yield _from_json(json.loads(line))
+
+
+class Seen:
+    """Images that a dataset on disk holds already, by id, with their size in bytes: 16 bytes of memory each."""
+
+    def __init__(self, ids: Iterable[str], sizes_bytes: Iterable[int]) -> None:
+        keys = np.fromiter((_key(image_id) for image_id in ids), np.int64)
+        sizes = np.fromiter(sizes_bytes, np.int64)
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._sizes = keys[order], sizes[order]
+
+    def holds(self, record: Record) -> bool:
+        """Whether the record is there.
+
+        Raises:
+            DataError: it is, but the file has another size now.
+        """
+        key = _key(record.image_id)
+        at = int(np.searchsorted(self._keys, key))
+        if at == len(self._keys) or self._keys[at] != key:
+            return False
+        stored = int(self._sizes[at])
+        if stored and record.size_bytes and stored != record.size_bytes:
+            raise DataError(
+                f"{record.uri}: has {record.size_bytes} bytes, but {stored} when the dataset was made; images can be "
+                "added, not changed: choose another folder for the shards"
+            )
+        return True
+
+
+class _Ids:
+    """A set of texts that holds 8 bytes of each."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def add(self, text: str) -> bool:
+        """Add one; False where it was there."""
+        before = len(self._seen)
+        self._seen.add(_key(text))
+        return len(self._seen) > before
+
+
+def _key(text: str) -> int:
+    """64 bits of a hash: two of a million different ids meet with a chance of 1 in 10 million."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _sized(record: Record) -> Record:
+    """The record with its size, where its dataset did not say it."""
+    if record.size_bytes or storage.is_remote(record.uri):
+        return record
+    if record.byte_range is not None:
+        return replace(record, size_bytes=record.byte_range[1])
+    try:
+        return replace(record, size_bytes=Path(record.uri).stat().st_size)
+    except OSError:
+        return record  # turned away when it is read
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    fields: dict[str, Any] = {"image_id": record.image_id, "uri": record.uri, "split": record.split}
+    optional = {"label": record.label, "byte_range": record.byte_range, "mask_uri": record.mask_uri}
+    fields |= {name: value for name, value in optional.items() if value is not None}
+    if record.size_bytes:
+        fields["size_bytes"] = record.size_bytes
+    if record.objects is not None:
+        fields["objects"] = _objects_to_json(record.objects)
+    return fields
+
+
+def _objects_to_json(objects: Objects) -> dict[str, Any]:
+    arrays = ("boxes_xyxy", "labels", "difficult", "truncated", "crowd")
+    fields: dict[str, Any] = {name: getattr(objects, name).tolist() for name in arrays}
+    if objects.regions:
+        fields["regions"] = [
+            {"size_hw": region.size_hw, "counts": region.counts} if isinstance(region, RunLengths) else region
+            for region in objects.regions
+        ]
+    return fields | {"frame_hw": objects.frame_hw}
+
+
+def _from_json(fields: dict[str, Any]) -> Record:
+    byte_range, objects = fields.pop("byte_range", None), fields.pop("objects", None)
+    return Record(
+        **fields,
+        byte_range=None if byte_range is None else (byte_range[0], byte_range[1]),
+        objects=None if objects is None else _objects_from_json(objects),
+    )
+
+
+def _objects_from_json(fields: dict[str, Any]) -> Objects:
+    regions = (
+        RunLengths(tuple(region["size_hw"]), tuple(region["counts"]))
+        if isinstance(region, dict)
+        else tuple(map(tuple, region))
+        for region in fields.get("regions", ())
+    )
+    frame_hw = fields["frame_hw"]
+    return Objects(
+        boxes_xyxy=np.array(fields["boxes_xyxy"], np.float32).reshape(-1, 4),
+        labels=np.array(fields["labels"], np.int64),
+        difficult=np.array(fields["difficult"], np.bool_),
+        truncated=np.array(fields["truncated"], np.bool_),
+        crowd=np.array(fields["crowd"], np.bool_),
+        regions=tuple(regions),
+        frame_hw=None if frame_hw is None else (frame_hw[0], frame_hw[1]),
+    )

@@ -1,0 +1,260 @@
+"""From records to the rows of one shard: read, check, resize, count; a pure function of the files, without Ray.
+
+Every image is decoded here, so that nothing undecodable reaches training: what fails is turned away with its reason.
+Training images that only carry a class may be stored with their short side resized; all others keep their original
+bytes, so that offline and served answers can be equal and boxes stay where they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from pipeline import boxes, imaging, masks, storage
+from pipeline.config import Strict
+from pipeline.data import shards
+from pipeline.errors import DataError, ImageError
+from pipeline.types import Objects, Record, Split, UInt8Array
+
+PIXEL_STEP = 4  # every fourth pixel across and down is counted: 16 times less work for the same mean
+DIGEST_MODULUS = 1 << 256
+MAX_STRETCH = 0.05  # rounding the sides of a small copy changes its aspect by so much at most
+
+
+class Config(Strict):
+    """How images become rows.
+
+    Attributes:
+        train_short_side: training images whose short side is longer are resized to it and stored as JPEG; None keeps
+            the original bytes. Images with boxes or a mask always keep them.
+        jpeg_quality: of the resized training images.
+        rows_per_group: images in a Parquet row group, the unit of random access.
+    """
+
+    train_short_side: int | None = Field(default=256, ge=8)
+    jpeg_quality: int = Field(default=90, ge=1, le=100)
+    rows_per_group: int = Field(default=128, ge=1)
+    decoding: imaging.Decoding = imaging.Decoding()
+
+
+class Reject(Strict):
+    """An image, or one box of it, that was left out, and why; `class_name` is its index as text until it is named."""
+
+    image_id: str
+    uri: str
+    split: Split
+    class_name: str
+    reason: str
+    message: str
+
+
+class Made(Strict):
+    """What became of the records of one shard.
+
+    Attributes:
+        shard: what was written; None where no image could be used.
+        num_records: images that were looked at.
+        class_counts: images of each label.
+        object_counts: boxes of each label.
+        digest: sum over the rows, modulo 2**256, of the sha256 of what each means; parts can be added in any order.
+    """
+
+    shard: shards.Shard | None
+    num_records: int
+    class_counts: dict[int, int]
+    object_counts: dict[int, int]
+    digest: str
+    pixels: shards.Pixels | None
+    sizes: shards.Sizes | None
+    rejects: tuple[Reject, ...]
+
+
+@dataclass
+class _Counts:
+    """What is counted while the rows of a shard go by."""
+
+    classes: Counter[int] = field(default_factory=Counter)
+    objects: Counter[int] = field(default_factory=Counter)
+    digest: int = 0
+    pixels: shards.Pixels | None = None
+    sizes: shards.Sizes | None = None
+
+    def add(self, row: dict[str, Any], image: UInt8Array) -> None:
+        if row["label"] is not None:
+            self.classes[row["label"]] += 1
+        self.objects.update(row["box_labels"] or ())
+        meaning = [row[name] for name in ("image_id", "label", "boxes", "box_labels", "sha256")]
+        self.digest += int.from_bytes(hashlib.sha256(json.dumps(meaning).encode()).digest(), "big")
+        pixels, sizes = _pixels(image), _sizes((row["original_height"], row["original_width"]))
+        self.pixels = pixels if self.pixels is None else self.pixels + pixels
+        self.sizes = sizes if self.sizes is None else self.sizes + sizes
+
+
+def make_shard(
+    path: Path, split: Split, records: Iterable[Record], config: Config, scratch: Path | None = None
+) -> Made:
+    """Read, check and store the images of one shard.
+
+    Args:
+        path: of the shard, which appears whole or not at all.
+        split: of the records.
+        records: in the order of the rows.
+        config: how images become rows.
+        scratch: folder for the unfinished file; the shard's own by default.
+
+    Raises:
+        DataError: the shard cannot be written.
+    """
+    counts, rejects, num_records = _Counts(), list[Reject](), 0
+    try:
+        with shards.Writer(path, split, config.rows_per_group, scratch) as writer:
+            for record in records:
+                num_records += 1
+                try:
+                    row, image = _row(record, config, rejects)
+                except ImageError as error:
+                    rejects.append(_reject(record, record.label, error.reason, str(error)))
+                else:
+                    writer.add(row)
+                    counts.add(row, image)
+    except OSError as error:
+        full = "; free some and run again, finished shards are kept" if error.errno == errno.ENOSPC else ""
+        raise DataError(f"{path}: cannot be written: {storage.reason(error)}{full}") from None
+    return Made(
+        shard=writer.shard,
+        num_records=num_records,
+        class_counts=dict(counts.classes),
+        object_counts=dict(counts.objects),
+        digest=f"{counts.digest % DIGEST_MODULUS:064x}",
+        pixels=counts.pixels,
+        sizes=counts.sizes,
+        rejects=tuple(rejects),
+    )
+
+
+def _row(record: Record, config: Config, rejects: list[Reject]) -> tuple[dict[str, Any], UInt8Array]:
+    """One row, and the picture that it stores."""
+    data = _read(record.uri, record.byte_range)
+    original_hw = imaging.probe(data, config.decoding)
+    short = config.train_short_side if record.split == "train" else None
+    plain = record.objects is None and record.mask_uri is None
+    stored = data
+    if short is not None and plain and min(original_hw) > short:
+        image = imaging.resize_short(imaging.decode(data, config.decoding, min_short=short), short)
+        stored = imaging.encode(image, config.jpeg_quality)
+    else:
+        image = imaging.decode(data, config.decoding)
+    objects, mask = _annotation(record, original_hw, rejects)
+    row = {
+        "image_id": record.image_id,
+        "image": stored,
+        "label": record.label,
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "original_height": original_hw[0],
+        "original_width": original_hw[1],
+        "original_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "mask": mask,
+    }
+    columns = ("boxes_xyxy", "labels", "difficult", "truncated", "crowd")
+    values = [None if objects is None else getattr(objects, name).tolist() for name in columns]
+    return row | dict(zip(("boxes", "box_labels", *columns[2:]), values, strict=True)), image
+
+
+def _annotation(
+    record: Record, original_hw: tuple[int, int], rejects: list[Reject]
+) -> tuple[Objects | None, bytes | None]:
+    """Boxes in original pixels, without those that have no area there, and the mask."""
+    objects = record.objects
+    mask = None if record.mask_uri is None else _mask(record.mask_uri, original_hw)
+    if objects is None:
+        return None, mask
+    frame_hw = objects.frame_hw or original_hw
+    _check_frame(frame_hw, original_hw)
+    if mask is None and objects.regions:
+        mask = _painted(objects, frame_hw, original_hw)
+    found = boxes.scale(objects.boxes_xyxy, frame_hw, original_hw)
+    clipped = boxes.clip(found, original_hw)
+    kept = (boxes.area(clipped) > 0) & np.isfinite(found).all(axis=1)
+    for index in np.flatnonzero(~kept):
+        message = f"The box {found[index].tolist()} has no area within the image of {original_hw} (height, width)."
+        rejects.append(_reject(record, int(objects.labels[index]), "box", message))
+    flags = (getattr(objects, name)[kept] for name in ("labels", "difficult", "truncated", "crowd"))
+    return Objects(clipped[kept], *flags), mask
+
+
+def _check_frame(frame_hw: tuple[int, int], original_hw: tuple[int, int]) -> None:
+    """Boxes may have been measured in a smaller copy of the picture, but not in a turned or stretched one."""
+    aspects = [width / height for height, width in (frame_hw, original_hw)]
+    if frame_hw != (1, 1) and abs(aspects[0] / aspects[1] - 1) > MAX_STRETCH:
+        raise ImageError(
+            "frame",
+            f"Its boxes were measured in a picture of {frame_hw} (height, width), but it has {original_hw}: another "
+            "shape; correct the annotation.",
+        )
+
+
+def _painted(objects: Objects, frame_hw: tuple[int, int], original_hw: tuple[int, int]) -> bytes:
+    """The mask that the regions make, in the size of the image."""
+    if frame_hw == (1, 1):
+        raise ImageError("mask", "Its regions are shares of the image, which make no mask.")
+    try:
+        mask = masks.semantic(objects, frame_hw)
+    except DataError as error:
+        raise ImageError("mask", f"Its regions make no mask: {error}.") from None
+    if frame_hw != original_hw:  # the nearest pixel
+        down, across = (
+            (np.arange(to) * of // to).clip(0, of - 1) for of, to in zip(frame_hw, original_hw, strict=True)
+        )
+        mask = mask[np.ix_(down, across)]
+    return imaging.encode_mask(mask)
+
+
+def _mask(uri: str, original_hw: tuple[int, int]) -> bytes:
+    mask = imaging.decode_mask(_read(uri))
+    if mask.shape != original_hw:
+        raise ImageError("mask", f"{uri}: the mask has {mask.shape} pixels, its image {original_hw} (height, width).")
+    return imaging.encode_mask(mask)
+
+
+def _read(uri: str, byte_range: tuple[int, int] | None = None) -> bytes:
+    try:
+        return storage.read(uri, byte_range)
+    except OSError as error:
+        raise ImageError("unreadable", f"{storage.printable(uri)}: cannot be read ({storage.reason(error)})") from None
+
+
+def _reject(record: Record, label: int | None, reason: str, message: str) -> Reject:
+    return Reject(
+        image_id=record.image_id,
+        uri=storage.printable(record.uri),
+        split=record.split,
+        class_name="" if label is None else str(label),
+        reason=reason,
+        message=message,
+    )
+
+
+def _pixels(image: UInt8Array) -> shards.Pixels:
+    """Exact: sums of products of bytes stay below 2**53 for any image that is accepted."""
+    levels = image[::PIXEL_STEP, ::PIXEL_STEP].reshape(-1, image.shape[2]).astype(np.float64)
+    products = (levels.T @ levels).astype(np.int64)
+    return shards.Pixels(
+        num=len(levels),
+        sums=tuple(levels.sum(axis=0).astype(np.int64).tolist()),
+        products=tuple(map(tuple, products.tolist())),
+    )
+
+
+def _sizes(original_hw: tuple[int, int]) -> shards.Sizes:
+    return shards.Sizes(num=1, smallest_hw=original_hw, largest_hw=original_hw, sum_hw=original_hw)

@@ -1,0 +1,142 @@
+"""The hidden folder in which a dataset grows until it is whole, `.<name>.work-<digest of what is asked for>`. No Ray.
+
+`plan/` says what each shard is made of, `dataset/` holds the shards that are done, `receipts/` what became of each, and
+`scratch/` what is half-written. A shard counts once its receipt is there, so that a job that was killed at any moment
+and is run again makes only what is missing. The dataset appears under its name by one rename; shards that are added to
+one count once its `manifest.json` names them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data import plan, rows, shards, sheet
+from pipeline.data.plan import Part
+from pipeline.data.rows import Made
+from pipeline.errors import DataError
+from pipeline.types import Split
+
+
+class Work:
+    """One such folder.
+
+    Args:
+        destination: where the dataset appears.
+        asked: all that its shards depend on.
+    """
+
+    def __init__(self, destination: Path, asked: dict[str, Any]) -> None:
+        # A higher limit of rejects must not cost the work that is done.
+        key = asked | {"ingest": {name: value for name, value in asked["ingest"].items() if name != "max_reject_share"}}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.destination = destination
+        self.folder = destination.with_name(f".{destination.name}.work-{digest[:16]}")
+        self.dataset = self.folder / "dataset"
+        self.scratch = self.folder / "scratch"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock goes with the process, however that ends."""
+        for name in ("plan", "receipts", "scratch", "dataset"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{self.destination}: another job is making it; wait until that ends") from None
+            yield
+
+    def plan(
+        self, listings: dict[Split, plan.Listing], rows_per_shard: int, seed: int, before: shards.Shards | None
+    ) -> list[Part]:
+        """The parts to make: those that an earlier run wrote down, or new ones."""
+        index = self.folder / "plan.json"
+        if not index.exists():
+            first = {split: _next_number(before, split) for split in listings}
+            parts = plan.write_parts(self.folder / "plan", listings, rows_per_shard, seed, first)
+            _write(index, json.dumps(parts))
+        return [Part(*part) for part in json.loads(index.read_bytes())]
+
+    def is_done(self, part: Part) -> bool:
+        """Whether a part's shard and receipt are there."""
+        return self._receipt(part).exists()
+
+    def make(self, part: Part, config: rows.Config) -> Made:
+        """Make one shard, and its receipt last; runs in a Ray task."""
+        records = plan.read_part(self.folder / "plan", part)
+        made = rows.make_shard(self.dataset / f"{part.name}.parquet", part.split, records, config, self.scratch)
+        _write(self._receipt(part), made.model_dump_json())
+        return made
+
+    def receipt(self, part: Part) -> Made:
+        """What became of a part that is done."""
+        return Made.model_validate_json(self._receipt(part).read_bytes(), strict=True)
+
+    def publish(self, manifest: shards.Manifest, rejects: list[dict[str, Any]]) -> shards.Shards:
+        """Write the rest of what belongs beside the shards, and let the whole appear."""
+        folder = self.dataset if manifest.version == 1 else self.destination
+        text = manifest.model_dump_json(indent=2) + "\n"
+        pq.write_table(pa.Table.from_pylist(rejects, schema=shards.REJECT_SCHEMA), self.dataset / manifest.rejects[-1])
+        _write(self.dataset / shards.version_name(manifest.version), text)
+        if folder != self.dataset:
+            for path in sorted(self.dataset.iterdir()):
+                path.rename(folder / path.name)
+        _draw(shards.Shards(folder, manifest))
+        _write(folder / shards.MANIFEST, text)
+        if folder == self.dataset:
+            folder.rename(self.destination)
+        return shards.Shards(self.destination, manifest)
+
+    def clean(self) -> None:
+        """Remove this folder and what other attempts at the same destination left."""
+        for folder in self.destination.parent.glob(f".{self.destination.name}.work-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _receipt(self, part: Part) -> Path:
+        return self.folder / "receipts" / f"{part.name}.json"
+
+
+def _draw(dataset: shards.Shards) -> None:
+    """Picture sheets, for people: a sample of each split, and of what was left out."""
+    for split in dataset.manifest.class_counts:
+        if any(shard.split == split for shard in dataset.manifest.shards):
+            (dataset.path / f"sheet-{split}.png").write_bytes(sheet.of_dataset(dataset, split))
+    rejects = sheet.of_rejects(dataset)
+    if rejects is not None:
+        (dataset.path / "sheet-rejects.png").write_bytes(rejects)
+
+
+def _next_number(before: shards.Shards | None, split: Split) -> int:
+    """The number of the next shard of a split; numbers are not used twice."""
+    known = before.manifest.shards if before else ()
+    return max(
+        (int(Path(shard.name).stem.rpartition("-")[2]) + 1 for shard in known if shard.split == split), default=0
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, and on the disk when this returns."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {storage.reason(error)}; free space and run again") from None
+    finally:
+        partial.unlink(missing_ok=True)
