@@ -26,7 +26,9 @@ from pipeline.batch import Batch
 from pipeline.config import Strict
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
+from pipeline.data.transforms import classify, mixing
 from pipeline.data.transforms.classify import Augment
+from pipeline.data.transforms.mixing import Mixing
 from pipeline.errors import ModelError
 from pipeline.evaluation.live import all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
@@ -39,6 +41,7 @@ class Recipe(Strict):
     """How a model is trained.
 
     Attributes:
+        mixing: what is mixed within a batch, on the device.
         precision: `bf16` runs the network under autocast to bfloat16, `fp32` does not.
         label_smoothing: share of each target spread evenly over all classes (Szegedy et al. 2016, section 7).
         channels_last: keep images as [B, H, W, C] in memory, which convolutions of many channels like better.
@@ -48,6 +51,7 @@ class Recipe(Strict):
     model: models.AnyModel
     loading: Loading = Loading()
     augment: Augment = Augment()
+    mixing: Mixing = Mixing()
     optim: Optim = Optim()
     epochs: int = Field(default=10, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -88,8 +92,11 @@ def fit(
         The metrics of the epoch whose weights the model is left with.
 
     Raises:
+        ConfigError: the images do not allow the augmentation.
         ModelError: the loss is not finite; the checkpoints before it remain.
     """
+    classify.check(recipe.augment, model.spec)
+    mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
     model.to(device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -128,11 +135,14 @@ def _train_epoch(
     """One pass over the data. `net` is `model`, possibly wrapped for distributed training."""
     net.train()
     started, waited, total, steps = time.monotonic(), 0.0, torch.zeros((), device=device), loader.steps_per_epoch
+    num_classes, covariance = len(loader.source.manifest.classes), _covariance(loader)
     batches = iter(loader.train(epoch))
     for step in range(steps):
         asked = time.monotonic()
         batch = next(batches).to(device)
         waited += time.monotonic() - asked
+        drawn = _generator(recipe.seed, epoch, step)
+        batch = mixing.mix(batch, recipe.mixing, num_classes, drawn, covariance)
         lr = learning_rate(recipe.optim, epoch * steps + step, steps, recipe.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -167,10 +177,17 @@ def _step(net: nn.Module, model: Classifier, batch: Batch, recipe: Recipe, optim
 
 
 def _smooth(targets: Tensor, num_classes: int, share: float) -> Tensor:
-    """Hard targets [B], or soft ones [B, num_classes] with `share` of each spread over all classes."""
+    """The targets, hard [B] or soft [B, num_classes], with `share` of each spread over all classes."""
     if share == 0:
         return targets
-    return F.one_hot(targets, num_classes).float() * (1 - share) + share / num_classes
+    soft = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets
+    return soft * (1 - share) + share / num_classes
+
+
+def _covariance(loader: Loader) -> mixing.Covariance | None:
+    """Of the colours of the training images, where the shards know it."""
+    pixels = loader.source.manifest.pixels.get("train")
+    return None if pixels is None else pixels.covariance
 
 
 def _resume(
@@ -200,6 +217,11 @@ def _advance(
     if keep_best and metrics["val/top1"] > best.get("metrics", {}).get("val/top1", -1.0):
         best = {"metrics": metrics, "model": {name: value.clone() for name, value in weights.items()}}
     return {"epoch": epoch, "metrics": metrics, "model": weights, "optimizer": optimizer.state_dict(), "best": best}
+
+
+def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """What is random in the mixing of one batch: a function of where we are, so that it resumes exactly."""
+    return torch.Generator().manual_seed(int(np.random.default_rng([seed, epoch, step, _rank()]).integers(2**63)))
 
 
 def _seed_epoch(seed: int, epoch: int) -> None:
