@@ -8,10 +8,8 @@ destination (`work`), so that a job that was killed and is run again makes only 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -20,8 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from pipeline import imaging, provenance
-from pipeline.data import datasets, plan, rows, shards
+from pipeline import imaging, provenance, storage
+from pipeline.data import datasets, plan, rows, shards, work
 from pipeline.data.plan import Part
 from pipeline.data.rows import DIGEST_MODULUS, Made
 from pipeline.data.work import Work
@@ -68,21 +66,34 @@ def ingest(
         append: where `destination` holds an older state of the same collection, add the images that are new.
 
     Raises:
-        DataError: the dataset contradicts itself, too many images are unusable, the disk is full, or `destination`
-            holds other data.
+        DataError: the dataset contradicts itself, too many images are unusable, the disk is full, another job is at
+            it, or `destination` holds other data.
     """
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with work.locked(destination):
+            finished = _finished(dataset, config, destination, progress, append=append)
+            work.clean(destination)
+    except OSError as error:
+        where = destination if error.filename is None else error.filename
+        raise DataError(f"{where}: cannot be written: {storage.reason(error)}; mend that and run again") from None
+    return finished
+
+
+def _finished(
+    dataset: datasets.DatasetConfig, config: Config, destination: Path, progress: Progress, *, append: bool
+) -> shards.Shards:
     before = _existing(destination)
     classes = datasets.class_names(dataset)
     asked: dict[str, Any] = {"dataset": dataset.model_dump(mode="json"), "ingest": config.model_dump(mode="json")}
     if before is not None:
         _check_same(before, asked, classes)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(destination, asked) as scratch:
-        listings = _list(dataset, scratch, before)
+    with work.listing_folder(destination) as folder:
+        listings = _list(dataset, folder, before, len(classes))
         asked["files_sha256"] = hashlib.sha256(
             "".join(found.digest for found in listings.values()).encode()
         ).hexdigest()
-        unchanged = before is not None and asked["files_sha256"] == before.manifest.config["files_sha256"]
+        unchanged = before is not None and asked["files_sha256"] == before.manifest.config.get("files_sha256")
         if before is not None and (unchanged or not sum(map(len, listings.values()))):
             return before
         if before is not None and not append:
@@ -90,30 +101,23 @@ def ingest(
                 f"{destination}: holds a dataset made from other files; choose another folder, delete this one, or "
                 "give append=true to add what is new"
             )
-        work = Work(destination, asked)
-        with work.locked():
-            parts = work.plan(listings, config.rows_per_shard, config.seed, before)
-            _make(parts, work, config, progress)
-            made = [(part, work.receipt(part)) for part in parts]
-            _check_rejects(made, config)
-            manifest = _manifest(dataset, config, classes, asked, made, before)
-            finished = work.publish(manifest, _named(made, classes))
-    work.clean()
-    return finished
+        place = Work(destination, asked | {"ingest": _of_rows(asked["ingest"])}, before)
+        parts = place.plan(listings, config.rows_per_shard, config.seed)
+    _make(parts, place, config, progress)
+    made = [(part, place.receipt(part)) for part in parts]
+    _check_rejects(made, config)
+    manifest = _manifest(dataset, config, classes, asked, made, before)
+    return place.publish(manifest, _named(made, classes))
 
 
-@contextmanager
-def _scratch(destination: Path, asked: dict[str, Any]) -> Iterator[Path]:
-    """A folder for the listing, for as long as this process needs it."""
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.listing-", dir=destination.parent) as folder:
-        yield Path(folder)
-
-
-def _list(dataset: datasets.DatasetConfig, folder: Path, before: shards.Shards | None) -> dict[Split, plan.Listing]:
+def _list(
+    dataset: datasets.DatasetConfig, folder: Path, before: shards.Shards | None, num_classes: int
+) -> dict[Split, plan.Listing]:
     listings = {}
     for split in dataset.splits:
         seen = None if before is None else _seen(before, split)
-        listings[split] = plan.write_listing(folder / f"{split}.jsonl", datasets.records(dataset, split), seen)
+        records = plan.with_known_labels(datasets.records(dataset, split), num_classes)
+        listings[split] = plan.write_listing(folder / f"{split}.jsonl", records, seen)
     return listings
 
 
@@ -132,12 +136,12 @@ def _seen(before: shards.Shards, split: Split) -> plan.Seen:
     return plan.Seen(ids, sizes + [0] * (len(ids) - len(sizes)))
 
 
-def _make(parts: list[Part], work: Work, config: Config, progress: Progress) -> None:
+def _make(parts: list[Part], place: Work, config: Config, progress: Progress) -> None:
     """Make the missing shards as Ray tasks."""
     import ray.data  # noqa: PLC0415  (so that planning runs in a plain Python shell)
     import ray.exceptions  # noqa: PLC0415
 
-    missing = [part for part in parts if not work.is_done(part)]
+    missing = [part for part in parts if not place.is_done(part)]
     total = sum(part.num_records for part in parts)
     done, rejects = total - sum(part.num_records for part in missing), 0
     progress(done, total, "")
@@ -145,7 +149,7 @@ def _make(parts: list[Part], work: Work, config: Config, progress: Progress) -> 
         return
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
-        made = work.make(Part(**row), config)
+        made = place.make(Part(**row), config)
         return {"num_records": made.num_records, "num_rejects": len(made.rejects)}
 
     tasks = ray.data.from_items([part._asdict() for part in missing], override_num_blocks=len(missing))
@@ -173,7 +177,7 @@ def _manifest(
     counts = {
         name: {
             split: _counts(
-                [getattr(one, name) for one in found], len(classes), getattr(old, name)[split] if old else ()
+                [getattr(one, name) for one in found], len(classes), getattr(old, name).get(split, ()) if old else ()
             )
             for split, found in by_split.items()
         }
@@ -216,7 +220,7 @@ def _counts(counted: list[dict[int, int]], num_classes: int, old: tuple[int, ...
 def _sums(by_split: dict[Split, list[Made]], name: str, old: dict[Split, Any]) -> dict[Split, Any]:
     """The parts of each split added up; a split without an image has none."""
     found = {
-        split: [old[split]] * (split in old) + [part for one in made if (part := getattr(one, name)) is not None]
+        split: [part for part in (old.get(split), *(getattr(one, name) for one in made)) if part is not None]
         for split, made in by_split.items()
     }
     return {split: reduce(add, parts) for split, parts in found.items() if parts}
@@ -233,7 +237,8 @@ def _existing(destination: Path) -> shards.Shards | None:
 def _check_same(before: shards.Shards, asked: dict[str, Any], classes: tuple[str, ...]) -> None:
     """Refuse what an existing dataset cannot become."""
     manifest = before.manifest
-    if any(manifest.config.get(name) != value for name, value in asked.items()):
+    made_with = manifest.config
+    if made_with["dataset"] != asked["dataset"] or _of_rows(made_with["ingest"]) != _of_rows(asked["ingest"]):
         raise DataError(
             f"{before.path}: holds a dataset made with another configuration; choose another folder or delete this one"
         )
@@ -243,6 +248,11 @@ def _check_same(before: shards.Shards, asked: dict[str, Any], classes: tuple[str
             f"{before.path}: its {len(manifest.classes)} classes are not those of the collection now ({len(classes)}; "
             f"'{odd[0]}' is in one only): labels would change; choose another folder"
         )
+
+
+def _of_rows(config: dict[str, Any]) -> dict[str, Any]:
+    """What the shards depend on: another limit of rejects changes none of them, and must not cost what is done."""
+    return {name: value for name, value in config.items() if name != "max_reject_share"}
 
 
 def _check_rejects(made: Outcome, config: Config) -> None:

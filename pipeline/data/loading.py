@@ -10,7 +10,7 @@ Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short task
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,10 +27,12 @@ from pipeline.data import order, shards
 from pipeline.data.order import Sampling
 from pipeline.data.transforms import classify
 from pipeline.errors import DataError, ImageError, VentralError, own_cause
-from pipeline.types import Frame, InputSpec, Int64Array, Split
+from pipeline.types import Frame, InputSpec, Int64Array, Split, UInt8Array
 
 Columns = dict[str, Any]
 """The columns of one batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 6], id text [B]."""
+Empty = Callable[[tuple[int, ...]], Any]
+"""Makes an uninitialised uint8 array or tensor of a shape."""
 
 
 class Config(Strict):
@@ -166,8 +168,22 @@ class Loader:
         return map(_to_batch, columns)
 
 
-def read_batches(recipe: _Recipe, batches: list[Int64Array]) -> Iterator[Columns]:
+def _in_memory(shape: tuple[int, ...]) -> UInt8Array:
+    return np.empty(shape, np.uint8)
+
+
+def _in_shared_memory(shape: tuple[int, ...]) -> torch.Tensor:
+    """Where other processes see it, so that handing it over copies nothing."""
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def read_batches(recipe: _Recipe, batches: list[Int64Array], empty: Empty = _in_memory) -> Iterator[Columns]:
     """Read, decode and transform draws, in their order, as the columns of batches.
+
+    Args:
+        recipe: what to read and how.
+        batches: draws of each.
+        empty: makes the memory that the pictures of a batch are written to.
 
     Raises:
         DataError: a shard cannot be read, or holds an image that does not decode.
@@ -177,7 +193,7 @@ def read_batches(recipe: _Recipe, batches: list[Int64Array]) -> Iterator[Columns
         together = batches[at : at + recipe.batches_per_read]
         encoded = _read_rows(recipe, np.unique(np.concatenate(together) % num_rows))
         for batch in together:
-            yield _columns(recipe, batch, [encoded[row] for row in (batch % num_rows).tolist()])
+            yield _columns(recipe, batch, [encoded[row] for row in (batch % num_rows).tolist()], empty)
 
 
 def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, tuple[str, bytes, int]]:
@@ -221,9 +237,8 @@ class _Share(IterableDataset[Columns | VentralError]):
         info = get_worker_info()
         assert info is not None
         try:
-            for columns in read_batches(self.recipe, self.batches[info.id :: info.num_workers]):
-                tensors = {name: torch.from_numpy(columns[name]) for name in ("image", "label", "frame")}
-                yield columns | tensors
+            for columns in read_batches(self.recipe, self.batches[info.id :: info.num_workers], _in_shared_memory):
+                yield columns | {name: torch.from_numpy(columns[name]) for name in ("label", "frame")}
         except VentralError as error:
             yield error
 
@@ -289,12 +304,17 @@ def _selector(nodes: list[dict[str, Any]], wanted: dict[str, str]) -> dict[str, 
     return wanted if wanted and any(wanted.items() <= labels.items() for labels in alive) else None
 
 
-def _columns(recipe: _Recipe, draws: Int64Array, encoded: list[tuple[str, bytes, int]]) -> Columns:
-    views = [_view(recipe, draw, *row[:2]) for draw, row in zip(draws.tolist(), encoded, strict=True)]
+def _columns(recipe: _Recipe, draws: Int64Array, encoded: list[tuple[str, bytes, int]], empty: Empty) -> Columns:
+    """One batch; each picture is written to its place once."""
+    images = empty((len(draws), recipe.spec.num_channels, *recipe.spec.size_hw))
+    pixels, frames = np.asarray(images), []
+    for place, (draw, (image_id, data, _)) in enumerate(zip(draws.tolist(), encoded, strict=True)):
+        pixels[place], frame = _view(recipe, draw, image_id, data)
+        frames.append((*frame.original_hw, *frame.scale_xy, *frame.offset_xy))
     return {
-        "image": np.stack([pixels for pixels, _ in views]),
+        "image": images,
         "label": np.array([label for _, _, label in encoded], np.int64),
-        "frame": np.array([(*frame.original_hw, *frame.scale_xy, *frame.offset_xy) for _, frame in views], np.float64),
+        "frame": np.array(frames, np.float64),
         "id": np.array([image_id for image_id, _, _ in encoded]),
     }
 

@@ -52,20 +52,39 @@ def write_listing(path: Path, records: Iterable[Record], seen: Seen | None = Non
     """Write down the records of one split, except those that were seen before.
 
     Raises:
-        DataError: two records have one id.
+        DataError: two records have one id, or one was seen with another size.
     """
-    offsets, digest, ids, at = array("q"), hashlib.sha256(), _Ids(), 0
+    offsets, keys, digest, at = array("q"), array("q"), hashlib.sha256(), 0
     with path.open("wb") as file:
         for record in map(_sized, records):
-            if not ids.add(record.image_id):
-                raise DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
             fields = _to_json(record)
             digest.update(json.dumps([value for key, value in fields.items() if "uri" not in key]).encode())
             if seen is not None and seen.holds(record):
                 continue
+            keys.append(_key(record.image_id))
             offsets.append(at)
             at += file.write(json.dumps(fields).encode() + b"\n")
+    _check_unique(path, keys)
     return Listing(path, offsets, digest.hexdigest())
+
+
+def with_known_labels(records: Iterable[Record], num_classes: int) -> Iterator[Record]:
+    """The same records.
+
+    Raises:
+        DataError: a label is not an index into the classes.
+    """
+    for record in records:
+        labels = [] if record.label is None else [record.label]
+        if record.objects is not None:
+            labels += record.objects.labels.tolist()
+        odd = next((label for label in labels if not 0 <= label < num_classes), None)
+        if odd is not None:
+            raise DataError(
+                f"image '{record.image_id}': expected labels 0 to {num_classes - 1} for {num_classes} classes, got "
+                f"{odd}; correct the annotation"
+            )
+        yield record
 
 
 def write_parts(
@@ -95,24 +114,28 @@ def read_part(folder: Path, part: Part) -> Iterator[Record]:
 
 
 class Seen:
-    """Images that a dataset on disk holds already, by id, with their size in bytes: 16 bytes of memory each."""
+    """Images that a dataset on disk holds already, by id, with their size in bytes: 17 bytes of memory each."""
 
     def __init__(self, ids: Iterable[str], sizes_bytes: Iterable[int]) -> None:
         keys = np.fromiter((_key(image_id) for image_id in ids), np.int64)
         sizes = np.fromiter(sizes_bytes, np.int64)
         order = np.argsort(keys, kind="stable")
         self._keys, self._sizes = keys[order], sizes[order]
+        self._asked = np.zeros(len(keys), np.bool_)
 
     def holds(self, record: Record) -> bool:
-        """Whether the record is there.
+        """Whether the record is there; to be asked once of each.
 
         Raises:
-            DataError: it is, but the file has another size now.
+            DataError: it is, but the file has another size now, or another record had this id.
         """
         key = _key(record.image_id)
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             return False
+        if self._asked[at]:
+            raise _twice(record)
+        self._asked[at] = True
         stored = int(self._sizes[at])
         if stored and record.size_bytes and stored != record.size_bytes:
             raise DataError(
@@ -122,17 +145,18 @@ class Seen:
         return True
 
 
-class _Ids:
-    """A set of texts that holds 8 bytes of each."""
+def _check_unique(path: Path, keys: array[int]) -> None:
+    """Refuse ids that a listing has twice: 8 bytes of each are held, so it is read again to name one."""
+    ordered = np.sort(np.frombuffer(keys, np.int64))
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if twice:
+        with path.open("rb") as file:
+            records = (_from_json(json.loads(line)) for line in file)
+            raise _twice(next(record for record in records if _key(record.image_id) in twice))
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
 
-    def add(self, text: str) -> bool:
-        """Add one; False where it was there."""
-        before = len(self._seen)
-        self._seen.add(_key(text))
-        return len(self._seen) > before
+def _twice(record: Record) -> DataError:
+    return DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
 
 
 def _key(text: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -127,8 +128,10 @@ def make_shard(
                     writer.add(row)
                     counts.add(row, image)
     except OSError as error:
-        full = "; free some and run again, finished shards are kept" if error.errno == errno.ENOSPC else ""
-        raise DataError(f"{path}: cannot be written: {storage.reason(error)}{full}") from None
+        why = os.strerror(error.errno) if error.errno else storage.reason(error)  # Arrow says which call failed
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        what = "free some space and run again, finished shards are kept" if full else "mend that and run again"
+        raise DataError(f"{path}: cannot be written: {why}; {what}") from None
     return Made(
         shard=writer.shard,
         num_records=num_records,

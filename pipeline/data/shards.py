@@ -236,13 +236,18 @@ def check(shards: Shards, split: Split) -> None:
         path = shards.path / shard.name
         if not path.is_file():
             raise DataError(f"{path}: missing, though the manifest names it; copy it again or re-run jobs.preprocess")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if found != shard.sha256:
             raise DataError(
                 f"{path}: sha256 differs from the manifest (expected {shard.sha256[:12]}, got {found[:12]}); "
                 "copy it again or re-run jobs.preprocess"
             )
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, as manifests have it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Writer:

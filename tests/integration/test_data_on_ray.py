@@ -135,7 +135,7 @@ def test_loading_both_readers_give_the_same_batches(made: shards.Shards, model: 
             Loader(
                 made,
                 spec,
-                Loading(batch_size=8, reader=reader, batches_per_task=2),
+                Loading(batch_size=8, reader=reader, batches_per_read=2),
                 augment=Augment(brightness=0.3),
                 seed=5,
                 rank=rank,

@@ -126,7 +126,7 @@ def training(
     rng: np.random.Generator,
     decoding: imaging.Decoding = imaging.DEFAULT,
 ) -> UInt8Array:
-    """Decode and vary one picture: uint8 [C, H, W].
+    """Decode and vary one picture: uint8 [C, H, W], in any memory order: it is going to be copied into a batch.
 
     Raises:
         ImageError: the bytes are not an image this project accepts.
@@ -144,8 +144,8 @@ def training(
         pixels = pixels[:, :, ::-1]
     if augment.rand_augment is not None:
         pixels = _rand_augment(pixels, augment.rand_augment, rng)
-    pixels = np.ascontiguousarray(_jitter(pixels, augment, rng))
-    return pixels if augment.erase is None else _erase(pixels, augment.erase, spec, rng)
+    pixels = _jitter(pixels, augment, rng)
+    return pixels if augment.erase is None else _erase(np.ascontiguousarray(pixels), augment.erase, spec, rng)
 
 
 def ten_crop(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imaging.DEFAULT) -> UInt8Array:

@@ -1,0 +1,206 @@
+"""The plan of ingest: what is written down is read back, no id twice, one shuffle, and what was seen is known."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import plan
+from pipeline.data.plan import Part, Seen
+from pipeline.errors import DataError
+from pipeline.types import Objects, Record, RunLengths, Split
+
+SQUARE = ((1.0, 2.0, 5.5, 2.0, 5.5, 7.25, 1.0, 7.25),)
+NONE = np.zeros(0, np.bool_)
+TWO_HOLES = ((0.0, 0.0, 3.0, 0.0, 3.0, 3.0), (4.0, 4.0, 6.0, 4.0, 6.0, 6.5))
+
+
+def objects(frame_hw: tuple[int, int] | None = None, *, regions: bool = True) -> Objects:
+    return Objects(
+        boxes_xyxy=np.array([[0.1, 2, 5.5, 7.25], [1, 1, 3, 3], [0, 0, 9, 9]], np.float32),
+        labels=np.array([1, 0, 2], np.int64),
+        difficult=np.array([True, False, False]),
+        truncated=np.array([False, True, False]),
+        crowd=np.array([False, False, True]),
+        regions=(SQUARE, TWO_HOLES, RunLengths((9, 9), (3, 70, 8))) if regions else (),
+        frame_hw=frame_hw,
+    )
+
+
+RECORDS = {
+    "a class alone": Record("val/a", "/photos/a.jpg", "val", 3, size_bytes=5),
+    "no class": Record("val/b", "/photos/b.jpg", "val", size_bytes=5),
+    "a part of a tar": Record("val/c", "/photos/all.tar", "val", 0, byte_range=(512, 77)),
+    "boxes, regions and a frame": Record("val/d", "/d", "val", objects=objects((9, 9)), size_bytes=1),
+    "boxes without regions": Record("val/e", "/e", "val", objects=objects(regions=False), size_bytes=1),
+    "no object in it": Record(
+        "val/f",
+        "/f",
+        "val",
+        size_bytes=1,
+        objects=Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), NONE, NONE, NONE),
+    ),
+    "a mask": Record("val/g", "/g", "val", mask_uri="/masks/g.png", size_bytes=1),
+    "a bucket": Record("val/h", "s3://bucket/h.jpg", "val", 1),
+    "a name of bytes that are not UTF-8": Record(
+        "val/%FF", "/photos/" + os.fsdecode(b"\xff\xfe"), "val", 1, size_bytes=1
+    ),
+    "a name of two lines": Record("val/i%0Ai", "/photos/i\ni \u2028.jpg", "val", 1, size_bytes=1),
+}
+
+
+def written(
+    folder: Path, records: Iterable[Record], rows_per_shard: int = 4, seed: int = 0, first: int = 0
+) -> list[Part]:
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = plan.write_listing(folder / "listing", records)
+    return plan.write_parts(folder, {"val": listing}, rows_per_shard, seed, {"val": first})
+
+
+def read(folder: Path, parts: Iterable[Part]) -> list[Record]:
+    return [record for part in parts for record in plan.read_part(folder, part)]
+
+
+def numbered(count: int, split: Split = "val") -> list[Record]:
+    return [Record(f"{split}/{index}", f"s3://bucket/{index}", split, index % 3) for index in range(count)]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_part_gives_back_the_record_that_was_listed(tmp_path: Path, name: str) -> None:
+    record = RECORDS[name]
+    (found,) = read(tmp_path, written(tmp_path, [record]))
+    assert found == (record if record.byte_range is None else replace(record, size_bytes=77))
+    if record.objects is not None and found.objects is not None:
+        found_types = [getattr(found.objects, name).dtype for name in ("boxes_xyxy", "labels", "crowd")]
+        assert [np.dtype(kind) for kind in (np.float32, np.int64, np.bool_)] == found_types
+
+
+def test_listing_notes_the_size_that_a_dataset_did_not_tell(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"12345")
+    listed = [Record("val/a", str(tmp_path / "a.jpg"), "val", 0), Record("val/b", str(tmp_path / "gone"), "val", 0)]
+    found = {record.image_id: record.size_bytes for record in read(tmp_path, written(tmp_path, listed))}
+    assert found == {"val/a": 5, "val/b": 0}
+
+
+def test_listing_with_an_id_twice_is_refused_by_its_name(tmp_path: Path) -> None:
+    twice = [*numbered(10), Record("val/7", "s3://bucket/other", "val", 0)]
+    with pytest.raises(DataError, match="image id 'val/7' is there twice in split 'val'; rename one"):
+        plan.write_listing(tmp_path / "listing", twice)
+
+
+def test_digest_of_a_listing_tells_what_files_mean_and_not_where_they_lie(tmp_path: Path) -> None:
+    record = RECORDS["boxes, regions and a frame"]
+
+    def digest(changed: Record) -> str:
+        return plan.write_listing(tmp_path / "listing", [changed]).digest
+
+    expected = digest(record)
+    assert digest(replace(record, uri="/elsewhere/d")) == expected
+    other_box = objects((9, 9)).boxes_xyxy + np.float32(0.5)
+    changes = [
+        replace(record, image_id="val/x"),
+        replace(record, size_bytes=2),
+        replace(record, label=0),
+        replace(record, objects=objects((18, 18))),
+        replace(record, objects=replace(objects((9, 9)), boxes_xyxy=other_box)),
+        replace(record, objects=objects((9, 9), regions=False)),
+    ]
+    assert len({expected, *map(digest, changes)}) == 1 + len(changes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(0, 60), rows_per_shard=st.integers(1, 20), seed=st.integers(0, 2**40))
+def test_parts_are_a_permutation_cut_into_equal_pieces(
+    tmp_path_factory: pytest.TempPathFactory, count: int, rows_per_shard: int, seed: int
+) -> None:
+    folder, records = tmp_path_factory.mktemp("plan"), numbered(count)
+    parts = written(folder, records, rows_per_shard, seed)
+    assert [part.num_records for part in parts[:-1]] == [rows_per_shard] * (len(parts) - 1)
+    assert len(parts) == -(-count // rows_per_shard)
+    found = read(folder, parts)
+    assert sorted(found, key=lambda record: record.image_id) == sorted(records, key=lambda record: record.image_id)
+
+
+def test_order_is_a_function_of_the_seed_and_not_of_the_size_of_a_shard(tmp_path: Path) -> None:
+    def order(name: str, rows_per_shard: int, seed: int) -> list[str]:
+        parts = written(tmp_path / name, numbered(50), rows_per_shard, seed)
+        return [record.image_id for record in read(tmp_path / name, parts)]
+
+    first = order("a", 50, 0)
+    assert first == order("b", 7, 0)
+    assert first != order("c", 50, 1)
+    assert first != [record.image_id for record in numbered(50)]
+
+
+def test_parts_of_two_splits_have_orders_of_their_own(tmp_path: Path) -> None:
+    splits: tuple[Split, ...] = ("train", "val")
+    listings = {split: plan.write_listing(tmp_path / split, numbered(30, split)) for split in splits}
+    parts = plan.write_parts(tmp_path, listings, 30, 0, {"train": 0, "val": 0})
+    assert [(part.name, part.split) for part in parts] == [("train-00000", "train"), ("val-00000", "val")]
+    orders = [[record.image_id.split("/")[1] for record in plan.read_part(tmp_path, part)] for part in parts]
+    assert orders[0] != orders[1]
+
+
+def test_parts_are_numbered_from_the_first(tmp_path: Path) -> None:
+    parts = written(tmp_path, numbered(10), rows_per_shard=4, first=7)
+    assert [part.name for part in parts] == ["val-00007", "val-00008", "val-00009"]
+    assert [part.num_records for part in parts] == [4, 4, 2]
+
+
+def test_seen_records_are_left_out_but_count_in_the_digest(tmp_path: Path) -> None:
+    records = [replace(record, size_bytes=9) for record in numbered(6)]
+    seen = Seen([record.image_id for record in records[:4]], [9] * 4)
+    listing = plan.write_listing(tmp_path / "listing", records, seen)
+    parts = plan.write_parts(tmp_path, {"val": listing}, 10, 0, {"val": 0})
+    assert sorted(record.image_id for record in read(tmp_path, parts)) == ["val/4", "val/5"]
+    assert listing.digest == plan.write_listing(tmp_path / "whole", records).digest
+
+
+@pytest.mark.parametrize(
+    ("stored", "listed", "is_refused"), [(9, 9, False), (9, 8, True), (0, 8, False), (9, 0, False)]
+)
+def test_seen_record_of_another_size_is_refused(stored: int, listed: int, is_refused: bool) -> None:
+    record = Record("val/a", "s3://bucket/a", "val", 0, size_bytes=listed)
+    seen = Seen(["val/z", "val/a", "val/b"], [1, stored, 2])
+    if not is_refused:
+        assert seen.holds(record)
+        return
+    with pytest.raises(
+        DataError, match=r"s3://bucket/a: has 8 bytes, but 9 when the dataset was made; images can be added"
+    ):
+        seen.holds(record)
+
+
+def test_seen_of_nothing_holds_nothing() -> None:
+    assert not Seen([], []).holds(numbered(1)[0])
+    assert not Seen(["val/1"], [1]).holds(numbered(1)[0])
+
+
+def test_seen_id_that_comes_twice_is_refused() -> None:
+    seen, record = Seen(["val/0"], [5]), numbered(1)[0]
+    assert seen.holds(record)
+    with pytest.raises(DataError, match="image id 'val/0' is there twice"):
+        seen.holds(replace(record, uri="s3://bucket/other"))
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1]])
+def test_label_without_a_class_is_refused_with_the_image(labels: list[int]) -> None:
+    of_images = [Record(f"val/{label}", "/a", "val", label) for label in labels]
+    boxed = replace(objects(), labels=np.array([0, 0, labels[-1]], np.int64))
+    for records in (of_images, [Record(f"val/{labels[-1]}", "/a", "val", objects=boxed)]):
+        with pytest.raises(
+            DataError, match=f"image 'val/{labels[-1]}': expected labels 0 to 2 for 3 classes, got {labels[-1]}"
+        ):
+            list(plan.with_known_labels(records, 3))
+
+
+def test_labels_of_known_classes_pass() -> None:
+    records = [*numbered(5), *RECORDS.values()]
+    assert list(plan.with_known_labels(records, 4)) == records
