@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
         writer = shards.Writer(folder / f"{split}-00000.parquet", "train" if split == "train" else "val", 8)
         with writer:
             for number, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
-                sizes = {name: 28 for name in ("height", "width", "original_height", "original_width")}
+                sizes = dict.fromkeys(("height", "width", "original_height", "original_width"), 28)
                 row = {"image_id": f"{split}/{number}", "image": imaging.encode_png(picture), "sha256": ""}
                 writer.add({**sizes, **row, "label": label})
         assert writer.shard
