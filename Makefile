@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help install quickstart up down test test-quick lint types format lock clean
+.PHONY: help install quickstart up down test test-quick chaos lint types format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: install  ## everything that CI runs: style, types, architecture, all tests
 
 test-quick: install  ## the tests that need no Ray and no server
 	$(BIN)/pytest tests/unit tests/contract tests/house
+
+chaos: install  ## kills at random moments on 50,000 files; long
+	$(BIN)/pytest tests/chaos
 
 lint: install  ## style, spelling, import rules
 	$(BIN)/ruff format --check .

@@ -149,12 +149,17 @@ def _make(parts: list[Part], place: Work, config: Config, progress: Progress) ->
         return
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
-        made = place.make(Part(**row), config)
-        return {"num_records": made.num_records, "num_rejects": len(made.rejects)}
+        try:
+            made = place.make(Part(**row), config)
+        except DataError as error:  # as data, for Ray keeps only the text of an error's cause, and logs it at length
+            return {"num_records": 0, "num_rejects": 0, "error": str(error)}
+        return {"num_records": made.num_records, "num_rejects": len(made.rejects), "error": ""}
 
     tasks = ray.data.from_items([part._asdict() for part in missing], override_num_blocks=len(missing))
     try:
         for result in tasks.map(make).iter_rows():
+            if result["error"]:
+                raise DataError(result["error"])
             done += result["num_records"]
             rejects += result["num_rejects"]
             progress(done, total, f"{rejects} rejects")

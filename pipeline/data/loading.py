@@ -209,10 +209,11 @@ def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, tuple[str, bytes,
         groups = np.unique(np.searchsorted(group_starts, inside, side="right") - 1)
         table = shards.read(recipe.source.path / shard.name, groups.tolist(), ["image_id", "image", "label"])
         held = np.concatenate([np.arange(*group_starts[group : group + 2]) for group in groups])
-        chosen = table.take(np.searchsorted(held, inside))
-        values = (chosen.column(name) for name in ("image_id", "image", "label"))
-        for row, image_id, image, label in zip((inside + start).tolist(), *values, strict=True):
-            encoded[row] = (image_id.as_py(), image.as_py(), label.as_py())
+        columns = [table.column(name) for name in ("image_id", "image", "label")]
+        for row, at in zip((inside + start).tolist(), np.searchsorted(held, inside).tolist(), strict=True):
+            # One by one: Table.take would import pandas, seconds in each new process.
+            image_id, image, label = (column[at].as_py() for column in columns)
+            encoded[row] = (image_id, image, label)
     return encoded
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -59,22 +59,23 @@ class Gate:
 
     def __init__(self, path: Path, data: bytes) -> None:
         os.mkfifo(path)
-        self.path, self._data, self._pipe, self.reader_pid = path, data, -1, 0
+        self.path, self._data, self._pipe, self.reader_pid, self.is_open = path, data, -1, 0, False
 
     def wait_for_reader(self) -> int:
         """The process that waits for the picture; it has none of its bytes yet."""
 
-        def is_open() -> bool:
+        def is_read() -> bool:
             with suppress(OSError):  # ENXIO: nobody reads
                 self._pipe = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
             return self._pipe >= 0
 
-        wait_for(is_open)
+        wait_for(is_read)
         wait_for(self._find_reader)
         return self.reader_pid
 
     def open(self) -> None:
         """Give the picture to the process that waits for it, if it still lives, else to the next one that comes."""
+        self.is_open = True
         if self._pipe >= 0 and psutil.pid_exists(self.reader_pid):
             os.write(self._pipe, self._data)
         else:
@@ -110,6 +111,20 @@ def collection(root: Path, gates: Sequence[int] = (), side: int = 24) -> tuple[u
     return uri_list.Config(root=str(root)), made
 
 
+@contextmanager
+def making(
+    dataset: uri_list.Config, destination: Path, gates: Sequence[Gate], progress: ingest.Progress = lambda *_: None
+) -> Iterator[Future[shards.Shards]]:
+    """Ingest in a thread; no gate stays closed, whatever happens."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(ingest.ingest, dataset, CONFIG, destination, progress)
+        finally:
+            for gate in gates:
+                if not gate.is_open:
+                    gate.open()
+
+
 def preprocess(
     dataset: uri_list.Config, config: ingest.Config, destination: Path, head: Service
 ) -> subprocess.Popen[str]:
@@ -119,6 +134,7 @@ def preprocess(
     words |= {f"ingest.{name}": getattr(config, name) for name in config.model_fields_set}
     command = [sys.executable, "-m", "jobs.preprocess", *(f"{key}={value}" for key, value in words.items())]
     environment = {**os.environ, **head.env, "RAY_ADDRESS": head.address}
+    environment["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "30"  # for which Ray keeps the CPUs of a dead driver
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -199,46 +215,22 @@ def test_shards_are_the_same_bytes_on_one_and_on_four_workers(
         assert (made.path / shard.name).read_bytes() == (expected.path / shard.name).read_bytes()
 
 
-def test_driver_that_is_killed_goes_on_where_it_stopped(
-    ray_head: Service, expected: shards.Shards, tmp_path: Path
-) -> None:
-    dataset, gates = collection(tmp_path / "images", GATES)
-    destination = tmp_path / "made" / "shards"
-    with preprocess(dataset, CONFIG, destination, ray_head) as driver:
-        try:
-            readers = [gate.wait_for_reader() for gate in gates]
-            wait_for(lambda: len(receipts(destination)) == NUM_PARTS - len(gates))
-            with pytest.raises(DataError, match="shards: another job is making it; wait until that ends"):
-                ingest.ingest(dataset, CONFIG, destination)
-        finally:
-            driver.kill()
-    with pytest.raises(DataError, match=r"expected a dataset with manifest\.json"):
-        shards.load(destination)
-    wait_for(lambda: not any(map(psutil.pid_exists, readers)))
-    before, watch = receipts(destination), Watch(destination)
-    for gate in gates:
-        gate.open()
-    made = ingest.ingest(dataset, CONFIG, destination, watch)
-    assert watch.first == watch.kept() == before
-    assert (watch.done[0], watch.done[-1]) == (96, 120)
-    check_whole(made, expected)
-
-
 def test_worker_process_that_is_killed_is_replaced(expected: shards.Shards, tmp_path: Path) -> None:
     dataset, (gate,) = collection(tmp_path / "images", GATES[:1])
-    watch = Watch(tmp_path / "made" / "shards")
-    with ThreadPoolExecutor(1) as pool:
-        making = pool.submit(ingest.ingest, dataset, CONFIG, tmp_path / "made" / "shards", watch)
+    destination = tmp_path / "made" / "shards"
+    watch = Watch(destination)
+    with making(dataset, destination, [gate], watch) as result:
         psutil.Process(gate.wait_for_reader()).kill()
         wait_for(lambda: not psutil.pid_exists(gate.reader_pid))
         gate.open()
-        made = making.result(PATIENCE_S)
+        made = result.result(PATIENCE_S)
     assert watch.done == sorted(watch.done)
     check_whole(made, expected)
 
 
 def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
     """Ingest on a cluster of two nodes in a process of its own; the second node goes while it reads."""
+    os.setsid()  # Ray signals whole groups of processes
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
     os.environ |= {
@@ -254,8 +246,7 @@ def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
     try:
         second = cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False)
-        with ThreadPoolExecutor(1) as pool:
-            making = pool.submit(ingest.ingest, uri_list.Config(root=str(images)), CONFIG, destination)
+        with making(uri_list.Config(root=str(images)), destination, gates) as result:
             readers = [gate.wait_for_reader() for gate in gates]
             (raylet,) = second.all_processes["raylet"]
             lost = [pid for pid in readers if psutil.Process(pid).ppid() == raylet.process.pid]
@@ -264,7 +255,7 @@ def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
             wait_for(lambda: not any(map(psutil.pid_exists, lost)))
             for gate in gates:
                 gate.open()
-            making.result(PATIENCE_S)
+            result.result(PATIENCE_S)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -326,6 +317,31 @@ def test_full_disk_is_one_sentence_and_enlarged_the_job_goes_on(
         made = ingest.ingest(dataset, config, disk / "shards", watch)
         assert watch.first == watch.kept() == before
         check_whole(made, undisturbed)
+
+
+def test_driver_that_is_killed_goes_on_where_it_stopped(
+    ray_head: Service, expected: shards.Shards, tmp_path: Path
+) -> None:
+    dataset, gates = collection(tmp_path / "images", GATES)
+    destination = tmp_path / "made" / "shards"
+    with preprocess(dataset, CONFIG, destination, ray_head) as driver:
+        try:
+            readers = [gate.wait_for_reader() for gate in gates]
+            wait_for(lambda: len(receipts(destination)) == NUM_PARTS - len(gates))
+            with pytest.raises(DataError, match="shards: another job is making it; wait until that ends"):
+                ingest.ingest(dataset, CONFIG, destination)
+        finally:
+            driver.kill()
+    with pytest.raises(DataError, match=r"expected a dataset with manifest\.json"):
+        shards.load(destination)
+    wait_for(lambda: not any(map(psutil.pid_exists, readers)))
+    before, watch = receipts(destination), Watch(destination)
+    for gate in gates:
+        gate.open()
+    made = ingest.ingest(dataset, CONFIG, destination, watch)
+    assert watch.first == watch.kept() == before
+    assert (watch.done[0], watch.done[-1]) == (96, 120)
+    check_whole(made, expected)
 
 
 class Photos:

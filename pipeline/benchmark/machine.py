@@ -1,0 +1,99 @@
+"""What the machine does while something is measured: memory of a tree of processes, and CPU time of all others."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+
+Roots = Callable[[], list[int]]
+"""Says which processes count besides this one; each with its children."""
+
+
+@dataclass
+class Peak:
+    """The most memory that was seen."""
+
+    num_bytes: int = 0
+
+
+@contextmanager
+def peak_memory(roots: Roots, every_s: float = 0.25) -> Iterator[Peak]:
+    """Watch the memory of this process, of `roots` and all their children in a thread.
+
+    It is the proportional set size: pages that n processes share count 1/n in each, so shared memory counts once.
+    Reading it costs milliseconds per process: measure no time meanwhile.
+    """
+    peak, done = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak.num_bytes = max(peak.num_bytes, sum(map(_memory, _tree(roots()))))
+            done.wait(every_s)
+
+    thread = threading.Thread(target=watch, name="peak-memory")
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+class OthersShare:
+    """The share of the machine's CPU time that went to processes outside the tree since this was made.
+
+    Args:
+        roots: as in `peak_memory`.
+    """
+
+    def __init__(self, roots: Roots) -> None:
+        self._roots = roots
+        self._started = time.monotonic()
+        self._busy, self._own = _busy_s(), self._own_s()
+
+    def read(self) -> float:
+        """Between 0 and 1; read it while the workers live or after they were waited for."""
+        capacity = (time.monotonic() - self._started) * (os.cpu_count() or 1)
+        others = (_busy_s() - self._busy) - (self._own_s() - self._own)
+        return min(max(others / max(capacity, 1e-9), 0.0), 1.0)
+
+    def _own_s(self) -> float:
+        return sum(map(_cpu_s, _tree(self._roots())))
+
+
+def _tree(roots: list[int]) -> set[psutil.Process]:
+    found = set()
+    for pid in {os.getpid(), *roots}:
+        try:
+            process = psutil.Process(pid)
+            found |= {process, *process.children(recursive=True)}
+        except psutil.Error:  # gone meanwhile
+            continue
+    return found
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Of the process and of its children that have ended."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
