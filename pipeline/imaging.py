@@ -16,8 +16,9 @@ Ingest, loading, evaluation, the predictor and the endpoint all call `decode`, s
   ([H, W, num_channels]), 16 bits always as `round(value / 257)`; files with another number of bands are refused.
 - Masks hold class indices, not colours, and have doors of their own: `decode_mask`, `encode_mask`.
 
-Left out: colour management, tensors, cropping, paths; what headers say (`pipeline.image_headers`). No global state is
-touched (no warning filter, no limit of Pillow's), so `decode` runs in threads.
+Left out: colour management, tensors, resizing (`pipeline.data.transforms`), cropping, paths; what headers say
+(`pipeline.image_headers`). No global state is touched (no warning filter, no limit of Pillow's), so `decode` runs in
+threads.
 """
 
 from __future__ import annotations
@@ -107,9 +108,8 @@ def decode(data: Buffer, policy: Decoding = DEFAULT, *, min_short: int | None = 
     side at 2 * `min_short` or more, so that the antialiased resize that follows still has a factor of 2 to itself. The
     reduction depends on the stored size and `min_short` only. Other formats come at full size.
 
-    CPU time on one core, decoding and `resize_short(256)` together, with `min_short=256` against without: a mosaic of
-    photos of 3000 x 4000 pixels 50 ms against 163 (decoding alone 43 and 62; Pillow 165), a photo of 375 x 500 2.5 ms
-    both times (too small to reduce; decoding alone 0.9 ms, Pillow 1.4). Best of 15 and of 300 runs.
+    CPU time on one core, decoding alone, with `min_short=256` against without: a mosaic of photos of 3000 x 4000 pixels
+    43 ms against 62, a photo of 375 x 500 0.9 ms both times (too small to reduce). Best of 15 and of 300 runs.
 
     Args:
         data: encoded bytes, or any object with the buffer protocol (`pyarrow.Buffer`).
@@ -163,27 +163,6 @@ def decode_mask(data: Buffer, policy: Decoding = DEFAULT) -> UInt8Array:
     return np.ascontiguousarray(_turn(values, header.orientation))
 
 
-def resize(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
-    """Antialiased bilinear resize (Pillow) of uint8 [H, W, C] or [H, W] to `size_hw` pixels."""
-    if image.shape[:2] == tuple(size_hw):
-        return image
-    if image.shape[2:] not in {(), (3,)}:  # band by band: Pillow would take a last of 2 or 4 for alpha
-        return np.stack([resize(image[:, :, band], size_hw) for band in range(image.shape[2])], axis=2)
-    return np.array(Image.fromarray(image).resize((size_hw[1], size_hw[0]), Image.Resampling.BILINEAR))
-
-
-def resize_short(image: UInt8Array, short: int) -> UInt8Array:
-    """Shrink so that the short side is `short` pixels; the long side is truncated, as torchvision does.
-
-    Never enlarges: an image whose short side is `short` or less is returned unchanged.
-    """
-    height, width = image.shape[:2]
-    least = min(height, width)
-    if least <= short:
-        return image
-    return resize(image, (height * short // least, width * short // least))
-
-
 def encode_jpeg(image: UInt8Array, quality: int = 90) -> bytes:
     """Encode uint8 [H, W, 3] RGB as baseline JPEG with 4:2:0 chroma, the usual choice for photographs."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -215,11 +194,6 @@ def encode_npy(image: UInt8Array) -> bytes:
     encoded = io.BytesIO()
     np.save(encoded, np.ascontiguousarray(image), allow_pickle=False)
     return encoded.getvalue()
-
-
-def encode(image: UInt8Array, quality: int = 90) -> bytes:
-    """Encode for storing: uint8 [H, W, 3] as JPEG of `quality`, [H, W, C] as NPY, which `decode` must be allowed."""
-    return encode_jpeg(image, quality) if image.shape[2:] == (3,) else encode_npy(image)
 
 
 def _as_bytes(data: Buffer) -> bytes:
@@ -421,8 +395,8 @@ def _decode_npy(raw: bytes) -> UInt8Array:
     if len(raw) - array.offset < needed:
         raise ImageError("truncated", f"The NPY image has {len(raw) - array.offset} of {needed} bytes of samples.")
     samples = np.frombuffer(raw, array.dtype, math.prod(array.shape), array.offset)
-    shaped = samples.reshape(array.shape, order="F" if array.is_fortran else "C")
-    return _eight_bits(shaped.reshape(*array.shape[:2], -1))
+    shaped = samples.reshape(array.shape, order="F" if array.is_fortran else "C").reshape(*array.shape[:2], -1)
+    return shaped.copy() if shaped.dtype == np.uint8 else _eight_bits(shaped)
 
 
 def _decode_tiff_bands(raw: bytes) -> UInt8Array:

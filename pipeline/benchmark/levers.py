@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline import imaging
 from pipeline.data import rows
-from pipeline.data.transforms.resizing import resize as torch_resize
+from pipeline.data.transforms.resizing import shrink_short
 from pipeline.types import UInt8Array
 
 SHORT_SIDE, QUALITY, ROUNDS = 256, 90, 3
@@ -25,13 +25,12 @@ Lever = Callable[[Any], object]
 def measure(originals: Sequence[bytes]) -> dict[str, float]:
     """Time every lever on every photo; the best of three rounds counts."""
     decoded = [imaging.decode(data) for data in originals]
-    small = [imaging.resize_short(image, SHORT_SIDE) for image in decoded]
+    small = [shrink_short(image, SHORT_SIDE) for image in decoded]
     pillow = [Image.fromarray(image) for image in decoded]
     timed: dict[str, tuple[Sequence[Any], Lever]] = {
         **{name: (originals, lever) for name, lever in _decoders().items()},
         **{name: (decoded, lever) for name, lever in _resizers().items()},
-        "resize: Pillow, reducing_gap 2": (pillow, lambda image: _pillow_resize(image, 2.0)),
-        "resize: Pillow, reducing_gap 1": (pillow, lambda image: _pillow_resize(image, 1.0)),
+        "resize: Pillow, bilinear": (pillow, _pillow_resize),
         **{name: (small, lever) for name, lever in _encoders().items()},
         "rows: sha256 of the original": (originals, lambda data: hashlib.sha256(data).hexdigest()),
         "rows: statistics of the pixels": (small, rows._pixels),
@@ -55,8 +54,7 @@ def _decoders() -> dict[str, Lever]:
 
 def _resizers() -> dict[str, Lever]:
     found: dict[str, Lever] = {
-        "resize: ours (Pillow, bilinear)": lambda image: imaging.resize_short(image, SHORT_SIDE),
-        "resize: torch, antialiased, on [H, W, C]": lambda image: torch_resize(image, _target_hw(image)),
+        "resize: ours (torch, antialiased)": lambda image: shrink_short(image, SHORT_SIDE),
     }
     with contextlib.suppress(ImportError):  # no dependency of this project
         cv2 = importlib.import_module("cv2")
@@ -82,10 +80,10 @@ def _target_hw(image: UInt8Array) -> tuple[int, int]:
     return height * SHORT_SIDE // least, width * SHORT_SIDE // least
 
 
-def _pillow_resize(image: Image.Image, gap: float) -> Image.Image:
+def _pillow_resize(image: Image.Image) -> Image.Image:
     least = min(image.size)
     size = (image.width * SHORT_SIDE // least, image.height * SHORT_SIDE // least)
-    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=gap)
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def _best_ms(values: Sequence[Any], lever: Lever) -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pipeline import imaging, storage
 from pipeline.data import datasets
 from pipeline.data.datasets import DatasetConfig
+from pipeline.data.transforms.resizing import shrink_short
 from pipeline.errors import DataError
 
 LISTING = "photos.json"
@@ -86,4 +87,4 @@ def write_folders(photos: Sequence[Photo], folder: Path) -> None:
 def _shrunk(data: bytes, short_side: int | None) -> bytes:
     if short_side is None or min(imaging.probe(data)) <= short_side:
         return data
-    return imaging.encode_jpeg(imaging.resize_short(imaging.decode(data), short_side), 90)
+    return imaging.encode_jpeg(shrink_short(imaging.decode(data), short_side), 90)

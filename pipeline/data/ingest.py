@@ -210,8 +210,9 @@ def _manifest(
 
 def _decoding(config: Config) -> imaging.Decoding:
     """How the stored images are read: as the originals, and in the format of those that were resized."""
-    stored: imaging.Format = "JPEG" if config.decoding.num_channels == 3 else "NPY"
-    formats = tuple(dict.fromkeys((*config.decoding.formats, *[stored] * (config.train_short_side is not None))))
+    rewrites = config.train_short_side is not None or config.train_format == "decoded"
+    stored: imaging.Format = "NPY" if config.stores_npy else "JPEG"
+    formats = tuple(dict.fromkeys((*config.decoding.formats, *[stored] * rewrites)))
     return config.decoding.model_copy(update={"formats": formats})
 
 

@@ -10,6 +10,7 @@ Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short task
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,14 +26,17 @@ from pipeline.batch import Batch
 from pipeline.config import Strict
 from pipeline.data import order, shards
 from pipeline.data.order import Sampling
+from pipeline.data.pages import Pages
+from pipeline.data.streams import Streams
 from pipeline.data.transforms import classify
 from pipeline.errors import DataError, ImageError, VentralError, own_cause
 from pipeline.types import Frame, InputSpec, Int64Array, Split, UInt8Array
 
 Columns = dict[str, Any]
 """The columns of one batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 6], id text [B]."""
-Empty = Callable[[tuple[int, ...]], Any]
-"""Makes an uninitialised uint8 array or tensor of a shape."""
+Empty = Callable[[tuple[int, ...]], UInt8Array]
+"""Gives memory for pictures of a shape, uninitialised."""
+_PREFETCH, _HELD = 2, 2  # batches of each process on their way, and in the hands of who asked for them
 
 
 class Config(Strict):
@@ -67,6 +71,11 @@ class _Recipe:
     augment: classify.Augment | None = None
     seed: int = 0
     epoch: int = 0
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one picture in a batch: channels, height, width."""
+        return (self.spec.num_channels, *self.spec.size_hw)
 
 
 class Loader:
@@ -172,11 +181,6 @@ def _in_memory(shape: tuple[int, ...]) -> UInt8Array:
     return np.empty(shape, np.uint8)
 
 
-def _in_shared_memory(shape: tuple[int, ...]) -> torch.Tensor:
-    """Where other processes see it, so that handing it over copies nothing."""
-    return torch.empty(shape, dtype=torch.uint8).share_memory_()  # type: ignore[no-any-return, no-untyped-call]
-
-
 def read_batches(recipe: _Recipe, batches: list[Int64Array], empty: Empty = _in_memory) -> Iterator[Columns]:
     """Read, decode and transform draws, in their order, as the columns of batches.
 
@@ -188,12 +192,12 @@ def read_batches(recipe: _Recipe, batches: list[Int64Array], empty: Empty = _in_
     Raises:
         DataError: a shard cannot be read, or holds an image that does not decode.
     """
-    num_rows = recipe.source.manifest.num_rows(recipe.split)
+    num_rows, streams = recipe.source.manifest.num_rows(recipe.split), Streams(recipe.seed, recipe.epoch)
     for at in range(0, len(batches), recipe.batches_per_read):
         together = batches[at : at + recipe.batches_per_read]
         encoded = _read_rows(recipe, np.unique(np.concatenate(together) % num_rows))
         for batch in together:
-            yield _columns(recipe, batch, [encoded[row] for row in (batch % num_rows).tolist()], empty)
+            yield _columns(recipe, batch, [encoded[row] for row in (batch % num_rows).tolist()], streams, empty)
 
 
 def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, tuple[str, bytes, int]]:
@@ -230,16 +234,24 @@ def _read_in_thread(recipe: _Recipe, batches: list[Int64Array]) -> Iterator[Colu
 class _Share(IterableDataset[Columns | VentralError]):
     """The batches of one process of a DataLoader, which asks its processes in turn and so keeps the order."""
 
-    def __init__(self, recipe: _Recipe, batches: list[Int64Array]) -> None:
-        self.recipe, self.batches = recipe, batches
+    def __init__(self, recipe: _Recipe, batches: list[Int64Array], pages: list[Pages]) -> None:
+        self.recipe, self.batches, self.pages = recipe, batches, pages
 
     def __iter__(self) -> Iterator[Columns | VentralError]:
         """Read this process's batches; errors travel as values, because torch would bury their message."""
         info = get_worker_info()
         assert info is not None
+        pages, taken = self.pages[info.id], list[int | None]()
+
+        def empty(shape: tuple[int, ...]) -> UInt8Array:
+            taken.append(pages.take())
+            return _in_memory(shape) if taken[-1] is None else pages.page(taken[-1])[: shape[0]]
+
         try:
-            for columns in read_batches(self.recipe, self.batches[info.id :: info.num_workers], _in_shared_memory):
-                yield columns | {name: torch.from_numpy(columns[name]) for name in ("label", "frame")}
+            for columns in read_batches(self.recipe, self.batches[info.id :: info.num_workers], empty):
+                columns |= {name: torch.from_numpy(columns[name]) for name in ("label", "frame")}
+                page = taken.pop()
+                yield columns if page is None else columns | {"image": None, "page": [info.id, page]}
         except VentralError as error:
             yield error
 
@@ -248,10 +260,15 @@ def _read_in_processes(recipe: _Recipe, batches: list[Int64Array], num_tasks: in
     """Decode in processes of a torch DataLoader; pixels come through shared memory."""
     if not batches:
         return
-    share = _Share(recipe, batches)
-    for columns in DataLoader(share, batch_size=None, num_workers=min(num_tasks, len(batches)), prefetch_factor=2):
+    num_tasks = min(num_tasks, len(batches))
+    pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *recipe.image_shape)) for _ in range(num_tasks)]
+    share = _Share(recipe, batches, pages)
+    for columns in DataLoader(share, batch_size=None, num_workers=num_tasks, prefetch_factor=_PREFETCH):
         if isinstance(columns, VentralError):
             raise columns
+        if columns["image"] is None:
+            task, page = columns["page"]
+            columns["image"] = pages[task].lend(page, len(columns["label"]))
         yield columns
 
 
@@ -265,8 +282,7 @@ def _read_in_ray(recipe: _Recipe, batches: list[Int64Array], config: Config) -> 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    image_bytes = recipe.spec.num_channels * recipe.spec.size_hw[0] * recipe.spec.size_hw[1]
-    context.target_max_block_size = max(len(batches[0]) * image_bytes, 1)  # else small batches are merged
+    context.target_max_block_size = max(len(batches[0]) * math.prod(recipe.image_shape), 1)  # else they are merged
     context.execution_options.preserve_order = False  # tasks take turns
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=config.num_tasks)
     context.execution_options.label_selector = _selector(ray.nodes(), config.decode_on)
@@ -305,27 +321,28 @@ def _selector(nodes: list[dict[str, Any]], wanted: dict[str, str]) -> dict[str, 
     return wanted if wanted and any(wanted.items() <= labels.items() for labels in alive) else None
 
 
-def _columns(recipe: _Recipe, draws: Int64Array, encoded: list[tuple[str, bytes, int]], empty: Empty) -> Columns:
+def _columns(
+    recipe: _Recipe, draws: Int64Array, encoded: list[tuple[str, bytes, int]], streams: Streams, empty: Empty
+) -> Columns:
     """One batch; each picture is written to its place once."""
-    images = empty((len(draws), recipe.spec.num_channels, *recipe.spec.size_hw))
-    pixels, frames = np.asarray(images), []
+    pixels, frames = empty((len(draws), *recipe.image_shape)), []
     for place, (draw, (image_id, data, _)) in enumerate(zip(draws.tolist(), encoded, strict=True)):
-        pixels[place], frame = _view(recipe, draw, image_id, data)
+        pixels[place], frame = _view(recipe, streams, draw, image_id, data)
         frames.append((*frame.original_hw, *frame.scale_xy, *frame.offset_xy))
     return {
-        "image": images,
+        "image": pixels,
         "label": np.array([label for _, _, label in encoded], np.int64),
         "frame": np.array(frames, np.float64),
         "id": np.array([image_id for image_id, _, _ in encoded]),
     }
 
 
-def _view(recipe: _Recipe, draw: int, image_id: str, data: bytes) -> tuple[Any, Frame]:
+def _view(recipe: _Recipe, streams: Streams, draw: int, image_id: str, data: bytes) -> tuple[Any, Frame]:
     try:
         if recipe.augment is None:
             return classify.evaluation(data, recipe.spec, recipe.source.manifest.decoding)
-        rng = np.random.default_rng([recipe.seed, recipe.epoch, draw])
-        pixels = classify.training(data, recipe.spec, recipe.augment, rng, recipe.source.manifest.decoding)
+        decoding = recipe.source.manifest.decoding
+        pixels = classify.training(data, recipe.spec, recipe.augment, streams.of(draw), decoding)
         return pixels, Frame(recipe.spec.size_hw, recipe.spec.size_hw)
     except ImageError as error:
         raise DataError(f"{recipe.source.path}: image '{image_id}' does not decode: {error}; run jobs.verify") from None

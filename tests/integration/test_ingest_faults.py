@@ -238,10 +238,12 @@ def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
+    home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
+    os.environ["RAY_TMPDIR"] = home  # where Cluster notes its address, in a folder that must be there
+    Path(home, "ray").mkdir()
     import ray  # noqa: PLC0415
     from ray.cluster_utils import Cluster  # noqa: PLC0415
 
-    home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": home})
     try:
         second = cluster.add_node(num_cpus=2)

@@ -22,8 +22,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline import imaging
+from pipeline.data.transforms.resizing import shrink_short
 from pipeline.errors import ImageError
-from pipeline.imaging import Decoding, decode, decode_mask, encode_mask, encode_npy, probe, resize, resize_short
+from pipeline.imaging import Decoding, decode, decode_mask, encode_mask, encode_npy, probe
 from pipeline.types import UInt8Array
 
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -421,11 +422,6 @@ def test_encode_npy_round_trip_is_exact(shape: tuple[int, int, int], seed: int) 
     np.testing.assert_array_equal(decode(encode_npy(image[::-1, ::-1]), bands(shape[2])), image[::-1, ::-1])
 
 
-def test_encode_stores_three_channels_as_jpeg_and_others_as_npy() -> None:
-    assert imaging.encode(noise(8, 8, 3), 80) == imaging.encode_jpeg(noise(8, 8, 3), 80)
-    assert imaging.encode(noise(8, 8, 4)) == encode_npy(noise(8, 8, 4))
-
-
 @pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint16)])
 def test_encode_npy_wrong_array_is_a_mistake_of_the_caller(wrong: Any) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
@@ -436,10 +432,10 @@ def test_encode_npy_wrong_array_is_a_mistake_of_the_caller(wrong: Any) -> None:
 def test_resize_treats_every_band_alike(number: int) -> None:
     image = noise(40, 60, number)
     image[:, :, -1] = 0  # as alpha this would make all else black
-    resized = resize_short(image, 20)
+    resized = shrink_short(image, 20)
     assert resized.shape == (20, 30, number)
     for band in range(number):
-        np.testing.assert_array_equal(resized[:, :, band], resize(image[:, :, band].copy(), (20, 30)))
+        np.testing.assert_array_equal(resized[:, :, band], shrink_short(image[:, :, band, None], 20)[:, :, 0])
 
 
 # Masks

@@ -24,8 +24,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline import imaging
+from pipeline.data.transforms.resizing import resize_interleaved
 from pipeline.errors import ImageError
-from pipeline.imaging import Decoding, decode, probe, resize, resize_short, sniff
+from pipeline.imaging import Decoding, decode, probe, sniff
 from pipeline.types import UInt8Array
 
 ALL = Decoding(formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
@@ -213,7 +214,7 @@ def test_decode_min_short_keeps_the_picture() -> None:
     data = saved(photo(400, 600), "JPEG", quality=95)
     small, whole = decode(data, min_short=50), decode(data)
     assert small.shape == (100, 150, 3)
-    difference = np.abs(resize(small, (50, 75)).astype(int) - resize(whole, (50, 75)))
+    difference = np.abs(resize_interleaved(small, (50, 75)).astype(int) - resize_interleaved(whole, (50, 75)))
     assert difference.max() <= 4
 
 
@@ -467,25 +468,6 @@ def test_decode_from_eight_threads_gives_the_same_pixels() -> None:
 # Resizing and encoding
 
 
-def test_resize_gives_the_mean_of_what_it_covers() -> None:
-    halves = np.zeros((8, 8), np.uint8)
-    halves[:, 4:] = 200
-    assert resize(halves, (1, 2)).tolist() == [[29, 171]]  # the triangle filter takes 0.5 / 3.5 from the other half
-    assert resize(photo(), (10, 30)).shape == (10, 30, 3)
-
-
-@given(height=st.integers(1, 120), width=st.integers(1, 120), short=st.integers(1, 130))
-@settings(max_examples=80, deadline=None)
-def test_resize_short_keeps_aspect_and_never_enlarges(height: int, width: int, short: int) -> None:
-    image = np.zeros((height, width, 3), np.uint8)
-    resized = resize_short(image, short)
-    if min(height, width) <= short:
-        assert resized is image
-    else:
-        assert min(resized.shape[:2]) == short
-        assert max(resized.shape[:2]) == int(max(height, width) * short / min(height, width) + 1e-9)
-
-
 def test_encode_png_round_trip_is_exact() -> None:
     np.testing.assert_array_equal(decode(imaging.encode_png(photo())), photo())
     grey = photo()[:, :, 0]
@@ -559,7 +541,7 @@ def test_decode_every_odd_file_is_an_image_or_a_typed_error(odd: Path, policy: D
 def test_decode_exif_files_give_one_upright_picture(odd: Path) -> None:
     for name in ("Landscape", "Portrait"):
         pictures = [decode((odd / "exif_orientation" / f"{name}_{n}.jpg").read_bytes()) for n in range(9)]
-        small = [resize(picture, (60, 90)).astype(int) for picture in pictures]
+        small = [resize_interleaved(picture, (60, 90)).astype(int) for picture in pictures]
         assert len({picture.shape for picture in pictures}) == 1
         for picture in small[1:]:
             assert np.abs(picture - small[0]).mean() < 8  # they differ by the number drawn on them

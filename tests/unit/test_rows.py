@@ -18,6 +18,7 @@ import pytest
 from pipeline import imaging
 from pipeline.data import shards
 from pipeline.data.rows import DIGEST_MODULUS, PIXEL_STEP, Config, Made, make_shard
+from pipeline.data.transforms.resizing import shrink_short
 from pipeline.errors import DataError
 from pipeline.types import Objects, Polygons, Record, Region, RunLengths, Split, UInt8Array
 
@@ -110,6 +111,22 @@ def test_what_need_not_be_resized_keeps_its_original_bytes(
     (row,) = stored(tmp_path)
     assert row["image"] == path.read_bytes()
     assert (row["height"], row["original_width"]) == (80, 121)
+
+
+@pytest.mark.parametrize("side", [80, 48])  # larger than the short side, and not
+def test_decoded_training_images_are_the_same_pixels_without_a_codec(tmp_path: Path, side: int) -> None:
+    path = picture(tmp_path, "1.jpg", side, 121)
+    config = Config(train_short_side=64, train_format="decoded")
+    make(tmp_path, "train", config, path)
+    (row,) = stored(tmp_path)
+    expected = shrink_short(imaging.decode(path.read_bytes()), 64)
+    assert imaging.sniff(row["image"]) == "NPY"
+    decoded = imaging.decode(row["image"], imaging.Decoding(formats=("NPY",)))
+    np.testing.assert_array_equal(decoded, expected)
+    assert decoded.flags.writeable
+    assert (row["height"], row["width"]) == expected.shape[:2]
+    make(tmp_path, "val", config, path)
+    assert stored(tmp_path)[0]["image"] == path.read_bytes()
 
 
 @pytest.mark.parametrize("what", ["boxes", "mask"])
@@ -320,7 +337,7 @@ def test_statistics_are_those_of_the_stored_pixels(tmp_path: Path) -> None:
 def test_statistics_of_resized_images_are_those_before_they_are_encoded(tmp_path: Path) -> None:
     path = picture(tmp_path, "x.jpg", 64, 64)
     made = make(tmp_path, "train", Config(train_short_side=16), path)
-    small = imaging.resize_short(imaging.decode(path.read_bytes(), min_short=16), 16)
+    small = shrink_short(imaging.decode(path.read_bytes(), min_short=16), 16)
     assert made.pixels
     assert made.pixels.num == 16
     np.testing.assert_allclose(made.pixels.mean, small[::4, ::4].mean(axis=(0, 1)) / 255, rtol=1e-12)

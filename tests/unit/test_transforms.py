@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline import imaging
 from pipeline.config import parse
 from pipeline.data.transforms.classify import Augment, Erase, RandAugment, check, evaluation, ten_crop, training
-from pipeline.data.transforms.resizing import resize, resize_mask
+from pipeline.data.transforms.resizing import resize, resize_interleaved, resize_mask, shrink_short
 from pipeline.errors import ConfigError, ImageError
 from pipeline.types import InputSpec, UInt8Array
 
@@ -46,6 +47,37 @@ def test_evaluation_equals_torchvisions_resize_and_centre_crop(hw: tuple[int, in
     pixels, frame = evaluation(imaging.encode_png(image), IMAGENET)
     assert (pixels.shape, str(pixels.dtype), frame.original_hw) == ((3, 224, 224), "uint8", hw)
     assert np.abs(pixels.astype(int) - reference(image, 256, 224)).max() <= 1
+
+
+@given(height=st.integers(1, 120), width=st.integers(1, 120), short=st.integers(1, 130))
+@settings(max_examples=80, deadline=None)
+def test_shrink_short_keeps_aspect_and_never_enlarges(height: int, width: int, short: int) -> None:
+    image = np.zeros((height, width, 3), np.uint8)
+    small = shrink_short(image, short)
+    if min(height, width) <= short:
+        assert small is image
+    else:
+        assert min(small.shape[:2]) == short
+        assert max(small.shape[:2]) == int(max(height, width) * short / min(height, width) + 1e-9)
+
+
+def test_shrink_short_of_a_photo_is_within_a_level_of_pillows() -> None:
+    image = photo(333, 500)
+    pillow = np.array(Image.fromarray(image).resize((384, 256), Image.Resampling.BILINEAR))
+    assert np.abs(shrink_short(image, 256).astype(int) - pillow).max() <= 1
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size_hw", [(20, 31), (64, 80), (90, 100), (1, 1)])
+def test_resize_interleaved_equals_resize(num_channels: int, size_hw: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, num_channels), np.uint8)[:, ::-1]
+    np.testing.assert_array_equal(resize_interleaved(image, size_hw), resize(image, size_hw).transpose(1, 2, 0))
+
+
+def test_resize_interleaved_gives_the_mean_of_what_it_covers() -> None:
+    halves = np.zeros((8, 8, 1), np.uint8)
+    halves[:, 4:] = 200
+    assert resize_interleaved(halves, (1, 2)).tolist() == [[[29], [171]]]  # the triangle takes 0.5 / 3.5 from the other
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pipeline import imaging
 from pipeline.data import duplicates, shards
 from pipeline.data.findings import KINDS, Config, Findings, Report
+from pipeline.data.transforms.resizing import resize_interleaved, shrink_short
 from pipeline.data.verify import conclude, verify_shard
 from pipeline.types import SPLITS, UInt8Array
 
@@ -28,7 +29,7 @@ CLASSES = ("cat", "dog")
 
 def picture(seed: int, size_hw: tuple[int, int] = (64, 72)) -> UInt8Array:
     """Soft blobs; each seed another picture."""
-    return imaging.resize(np.random.default_rng(seed).integers(0, 256, (8, 9, 3)).astype(np.uint8), size_hw)
+    return resize_interleaved(np.random.default_rng(seed).integers(0, 256, (8, 9, 3)).astype(np.uint8), size_hw)
 
 
 def row(name: str, data: bytes, label: int | None = 0, **changes: Any) -> Row:
@@ -266,7 +267,7 @@ def test_verify_of_copies_at_another_quality_or_size_warns(tmp_path: Path) -> No
         return imaging.encode_jpeg(pixels, 40)
 
     again = row("again", jpeg(picture(0)))
-    larger = row("larger", jpeg(imaging.resize(picture(1), (128, 144)))) | {
+    larger = row("larger", jpeg(resize_interleaved(picture(1), (128, 144)))) | {
         name: side for prefix in ("", "original_") for name, side in ((f"{prefix}height", 128), (f"{prefix}width", 144))
     }
     source = make(tmp_path / "d", train=[row("a", PNGS[0]), row("b", PNGS[1]), again], val=[larger, row("c", PNGS[2])])
@@ -378,7 +379,7 @@ def test_difference_hashes_are_those_of_hand_made_pictures() -> None:
 def test_difference_hashes_survive_encoding_and_tell_pictures_apart(real_data: Path) -> None:
     paths = sorted((real_data / "clothing10" / "val").rglob("*.jpg"))[:60]
     images = [imaging.decode(path.read_bytes()) for path in paths]
-    again = [imaging.decode(imaging.encode_jpeg(imaging.resize_short(image, 176), 60)) for image in images]
+    again = [imaging.decode(imaging.encode_jpeg(shrink_short(image, 176), 60)) for image in images]
     before, after = (
         np.array([duplicates.difference_hashes(image) for image in some], np.uint64) for some in (images, again)
     )

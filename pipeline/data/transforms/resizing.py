@@ -17,10 +17,33 @@ def resize(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
     """
     if image.shape[:2] == tuple(size_hw):
         return np.ascontiguousarray(image.transpose(2, 0, 1))
-    view = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)
-    resized = F.interpolate(view, size_hw, mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(_planes(image), size_hw, mode="bilinear", antialias=True, align_corners=False)
     pixels: UInt8Array = resized[0].contiguous().numpy()
     return pixels
+
+
+def resize_interleaved(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
+    """The same as contiguous [h, w, C], in half the time: `F.interpolate` would turn it into planes and this back."""
+    if image.shape[:2] == tuple(size_hw):
+        return np.ascontiguousarray(image)
+    pixels = np.empty((*size_hw, image.shape[2]), np.uint8)
+    torch.ops.aten._upsample_bilinear2d_aa.out(_planes(image), size_hw, False, None, None, out=_planes(pixels))
+    return pixels
+
+
+def _planes(image: UInt8Array) -> torch.Tensor:
+    """A view [1, C, H, W] of [H, W, C]."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)
+
+
+def shrink_short(image: UInt8Array, short: int) -> UInt8Array:
+    """Shrink [H, W, C] so that the short side is `short` pixels; the long side is truncated, as torchvision does.
+
+    Never enlarges: an image whose short side is `short` or less is returned unchanged.
+    """
+    height, width = image.shape[:2]
+    least = min(height, width)
+    return image if least <= short else resize_interleaved(image, (height * short // least, width * short // least))
 
 
 def resize_mask(mask: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
