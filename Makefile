@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help install quickstart up down test test-quick chaos lint types format lock clean
+.PHONY: help install quickstart up down test test-slow test-quick chaos lint types format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -27,9 +27,12 @@ up: install  ## the same, and leave MLflow, Ray and the endpoint running
 down: install  ## stop what `make up` left running
 	@$(RUN) jobs.down
 
-test: install  ## everything that CI runs: style, types, architecture, all tests
+test: install  ## style, types, architecture, all tests but the slow ones
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install  ## whole roads and stopped jobs, a minute or more each; CI runs them too
+	$(BIN)/pytest -m slow
 
 test-quick: install  ## the tests that need no Ray and no server
 	$(BIN)/pytest tests/unit tests/contract tests/house

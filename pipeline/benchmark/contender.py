@@ -26,6 +26,8 @@ Epoch = Iterator[tuple[torch.Tensor, torch.Tensor]]
 Decoder = Literal["same", "documented"]
 """`same`: this project's decoder and crop, for all; `documented`: what the library's documentation shows."""
 Group = Literal["limit", "peer", "own"]
+Reader = Literal["local", "ray"]
+Stored = Literal["jpeg", "decoded"]
 
 
 class Setting(Strict):
@@ -39,7 +41,8 @@ class Setting(Strict):
 
     folder: Path
     decoder: Decoder = "same"
-    reader: Literal["local", "ray"] = "local"
+    reader: Reader = "local"
+    stored: Stored = "jpeg"
     batch_size: int = Field(default=128, ge=1)
     size: int = Field(default=224, ge=8)
     num_processes: int = Field(default=2, ge=1)
@@ -85,7 +88,8 @@ class Entry(NamedTuple):
     module: str
     group: Group
     decoder: Decoder = "same"
-    reader: Literal["local", "ray"] = "local"
+    reader: Reader = "local"
+    stored: Stored = "jpeg"
     needs: str | None = None
 
     @property
@@ -104,6 +108,7 @@ CONTENDERS = {
     "bare processes": Entry("bare", "limit"),
     "ventral local": Entry("ventral", "own"),
     "ventral ray": Entry("ventral", "own", reader="ray"),
+    "ventral local, decoded shards": Entry("ventral", "own", stored="decoded"),
     "DataLoader, same decoder": Entry("torch_loader", "peer"),
     "DataLoader, as documented": Entry("torch_loader", "peer", "documented"),
     "webdataset, same decoder": Entry("webdataset", "peer", needs="webdataset"),

@@ -136,9 +136,10 @@ def rotated(names: Sequence[str], number: int) -> list[str]:
 def _task(config: Config, name: str, folder: Path, ray_address: str) -> block.Task:
     entry = CONTENDERS[name]
     setting = Setting(
-        folder=folder / f"{entry.module}-{entry.decoder}-{entry.reader}",
+        folder=folder / f"{entry.module}-{entry.decoder}-{entry.reader}-{entry.stored}",
         decoder=entry.decoder,
         reader=entry.reader,
+        stored=entry.stored,
         batch_size=config.batch_size,
         size=config.size,
         num_processes=config.num_processes,

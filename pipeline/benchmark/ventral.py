@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from pipeline import imaging
-from pipeline.benchmark.contender import Contender, Epoch, Setting
+from pipeline.benchmark.contender import Contender, Epoch, Setting, Stored
 from pipeline.benchmark.photos import Photo
 from pipeline.data import loading, shards
 
@@ -21,7 +21,7 @@ ROWS_PER_SHARD, ROWS_PER_GROUP = 1024, 128  # as ingest makes them
 
 
 class Contestant(Contender):
-    """Shards as ingest writes them; connecting to Ray is part of starting, as importing is."""
+    """Shards as ingest writes them; connecting to Ray and warming it up is part of starting, as importing is."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -30,22 +30,24 @@ class Contestant(Contender):
             import ray  # noqa: PLC0415  (the local reader needs none)
 
             ray.init(address=setting.ray_address, log_to_driver=False, logging_level="ERROR")
+            ray.get(loading.warm_up(self._config()))
 
     def prepare(self, photos: Sequence[Photo]) -> None:
-        """Shards and a manifest; every photo is stored as it is."""
-        write_shards(photos, self.setting.folder)
+        """Shards and a manifest; every photo is stored as it is, or as its pixels."""
+        write_shards(photos, self.setting.folder, self.setting.stored)
 
     def epoch(self, seed: int) -> Epoch:
         """The loader's epoch of this number."""
         if self._loader is None:
             setting = self.setting
-            config = loading.Config(
-                batch_size=setting.batch_size, reader=setting.reader, num_tasks=setting.num_processes
-            )
-            self._loader = loading.Loader(shards.load(setting.folder), setting.spec, config, seed=setting.seed)
+            self._loader = loading.Loader(shards.load(setting.folder), setting.spec, self._config(), seed=setting.seed)
         for batch in self._loader.train(seed):
             assert batch.targets is not None
             yield batch.images, batch.targets
+
+    def _config(self) -> loading.Config:
+        setting = self.setting
+        return loading.Config(batch_size=setting.batch_size, reader=setting.reader, num_tasks=setting.num_processes)
 
     def spilled_bytes(self) -> int:
         """As the object store counts it since the head started."""
@@ -73,14 +75,14 @@ def ray_processes() -> list[int]:
     ]
 
 
-def write_shards(photos: Sequence[Photo], folder: Path) -> None:
-    """Shards of the photos as they are, and their manifest; without Ray, and without looking at the pixels twice."""
+def write_shards(photos: Sequence[Photo], folder: Path, stored: Stored = "jpeg") -> None:
+    """Shards of the photos as they are or decoded, and their manifest; without Ray."""
     folder.mkdir(parents=True)
     made = []
     for number, start in enumerate(range(0, len(photos), ROWS_PER_SHARD)):
         with shards.Writer(folder / f"train-{number:05d}.parquet", "train", ROWS_PER_GROUP) as writer:
             for photo in photos[start : start + ROWS_PER_SHARD]:
-                writer.add(_row(photo))
+                writer.add(_row(photo, stored))
         assert writer.shard is not None
         made.append(writer.shard)
     labels = [photo.label for photo in photos]
@@ -92,18 +94,19 @@ def write_shards(photos: Sequence[Photo], folder: Path) -> None:
         num_rejects=0,
         shards=tuple(made),
         digest="0" * 64,
-        decoding=imaging.DEFAULT,
+        decoding=imaging.Decoding(formats=("JPEG", "NPY")),
         config={},
         tool_versions={},
     )
     (folder / shards.MANIFEST).write_text(manifest.model_dump_json())
 
 
-def _row(photo: Photo) -> dict[str, object]:
+def _row(photo: Photo, stored: Stored) -> dict[str, object]:
     height, width = imaging.probe(photo.data)
+    image = photo.data if stored == "jpeg" else imaging.encode_npy(imaging.decode(photo.data))
     return {
         "image_id": photo.image_id,
-        "image": photo.data,
+        "image": image,
         "label": photo.label,
         "height": height,
         "width": width,

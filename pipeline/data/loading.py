@@ -10,6 +10,7 @@ Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short task
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -213,12 +214,23 @@ def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, tuple[str, bytes,
         groups = np.unique(np.searchsorted(group_starts, inside, side="right") - 1)
         table = shards.read(recipe.source.path / shard.name, groups.tolist(), ["image_id", "image", "label"])
         held = np.concatenate([np.arange(*group_starts[group : group + 2]) for group in groups])
-        columns = [table.column(name) for name in ("image_id", "image", "label")]
-        for row, at in zip((inside + start).tolist(), np.searchsorted(held, inside).tolist(), strict=True):
-            # One by one: Table.take would import pandas, seconds in each new process.
-            image_id, image, label = (column[at].as_py() for column in columns)
-            encoded[row] = (image_id, image, label)
+        places = np.searchsorted(held, inside).tolist()
+        images = itertools.chain.from_iterable(map(_views, table.column("image").chunks))
+        wanted = set(places)
+        found = [bytes(view) for at, view in enumerate(images) if at in wanted]
+        ids, labels = table.column("image_id").to_pylist(), table.column("label").to_pylist()
+        encoded |= {
+            row: (ids[at], image, labels[at])
+            for row, at, image in zip((inside + start).tolist(), places, found, strict=True)
+        }
     return encoded
+
+
+def _views(images: Any) -> Iterator[memoryview]:
+    """The bytes of an Arrow array of binaries, without a copy; a scalar of each would take longer than copying it."""
+    _, offsets, data = images.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1].tolist()
+    return (memoryview(data)[start:stop] for start, stop in pairwise(bounds))
 
 
 def _read_in_thread(recipe: _Recipe, batches: list[Int64Array]) -> Iterator[Columns]:
@@ -244,14 +256,13 @@ class _Share(IterableDataset[Columns | VentralError]):
         pages, taken = self.pages[info.id], list[int | None]()
 
         def empty(shape: tuple[int, ...]) -> UInt8Array:
-            taken.append(pages.take())
-            return _in_memory(shape) if taken[-1] is None else pages.page(taken[-1])[: shape[0]]
+            taken.append(page := pages.take())
+            return np.empty(shape, np.uint8) if page is None else pages.page(page)[: shape[0]]
 
         try:
             for columns in read_batches(self.recipe, self.batches[info.id :: info.num_workers], empty):
-                columns |= {name: torch.from_numpy(columns[name]) for name in ("label", "frame")}
                 page = taken.pop()
-                yield columns if page is None else columns | {"image": None, "page": [info.id, page]}
+                yield columns | {"image": torch.from_numpy(columns["image"]) if page is None else (info.id, page)}
         except VentralError as error:
             yield error
 
@@ -263,13 +274,51 @@ def _read_in_processes(recipe: _Recipe, batches: list[Int64Array], num_tasks: in
     num_tasks = min(num_tasks, len(batches))
     pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *recipe.image_shape)) for _ in range(num_tasks)]
     share = _Share(recipe, batches, pages)
-    for columns in DataLoader(share, batch_size=None, num_workers=num_tasks, prefetch_factor=_PREFETCH):
+    loader = DataLoader(
+        share,
+        batch_size=None,
+        num_workers=num_tasks,
+        prefetch_factor=_PREFETCH,
+        collate_fn=_unchanged,  # torch would make tensors of small arrays, each a file of its own
+        multiprocessing_context="fork",  # so that the pages are shared
+    )
+    for columns in loader:
         if isinstance(columns, VentralError):
             raise columns
-        if columns["image"] is None:
-            task, page = columns["page"]
+        if isinstance(columns["image"], tuple):
+            task, page = columns["image"]
             columns["image"] = pages[task].lend(page, len(columns["label"]))
         yield columns
+
+
+def _unchanged(columns: Columns) -> Columns:
+    return columns
+
+
+def warm_up(config: Config, num_workers: int = 1) -> list[Any]:
+    """Have Ray start the processes that are going to decode, in the background, where the reader is `ray`.
+
+    Starting Python and importing take seconds, which the first batch then need not wait for. Needs an initialised Ray.
+
+    Args:
+        config: of the loaders.
+        num_workers: how many loaders there will be.
+
+    Returns:
+        What `ray.get` waits for until they have started.
+    """
+    if config.reader == "local" or config.num_tasks == 0:
+        return []
+    import ray  # noqa: PLC0415  (as in _read_in_ray)
+    import ray.data  # noqa: PLC0415
+
+    task = ray.remote(_imported).options(label_selector=_selector(ray.nodes(), config.decode_on))
+    return [task.remote() for _ in range(config.num_tasks * num_workers)]
+
+
+def _imported() -> None:
+    """Import, by being unpickled, this module, and what Ray Data's own tasks need."""
+    import ray.data  # noqa: PLC0415
 
 
 def _read_in_ray(recipe: _Recipe, batches: list[Int64Array], config: Config) -> Iterator[Columns]:

@@ -2,13 +2,14 @@
 
 Fresh memory costs a batch of photos a tenth of its decoding: the system clears every page of it, and each process that
 looks at it maps it anew. So a loader asks for all of it once. A page is lent as a tensor and is free again when nothing
-holds that tensor any more, wherever it was passed to; where none is free, there is always fresh memory.
+holds that tensor any more, wherever it was passed to; where none is free, its process has to find other memory.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ FREE, TAKEN = 0, 1
 
 
 class Pages:
-    """Some pages for one process that fills them and one that lends them; made before either is forked.
+    """Some pages for one process that fills them and one that lends them; made before the first is forked.
 
     Whose turn it is stands in one byte for each page, which only the filler sets and only the lender clears, so that no
     lock is needed: a lender clears it while memory is collected, which may be in the middle of anything.
@@ -30,13 +31,13 @@ class Pages:
     """
 
     def __init__(self, num_pages: int, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self._pages = torch.empty((num_pages, *shape), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        self._states = torch.zeros(num_pages, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        size = num_pages * math.prod(shape)
+        shared = np.frombuffer(mmap.mmap(-1, size + num_pages), np.uint8)  # inherited; zeros, which cost nothing yet
+        self._pages, self._states = shared[:size].reshape(num_pages, *shape), shared[size:]
 
     def take(self) -> int | None:
         """In the filler: the number of a free page, or None."""
-        free = np.flatnonzero(self._states.numpy() == FREE)
+        free = np.flatnonzero(self._states == FREE)
         if not len(free):
             return None
         number = int(free[0])
@@ -45,15 +46,15 @@ class Pages:
 
     def page(self, number: int) -> UInt8Array:
         """The memory of one page."""
-        memory: UInt8Array = self._pages[number].numpy()
+        memory: UInt8Array = self._pages[number]
         return memory
 
     def lend(self, number: int, num_images: int) -> torch.Tensor:
         """In the lender: the first images of a page that was filled; it is free when this tensor is gone."""
         memory = self.page(number)[:num_images]
-        weakref.finalize(memory, _free, self._states.numpy(), number).atexit = False
+        weakref.finalize(memory, _free, self._states, number).atexit = False
         return torch.from_numpy(memory)
 
 
-def _free(states: Any, number: int) -> None:
+def _free(states: UInt8Array, number: int) -> None:
     states[number] = FREE

@@ -60,6 +60,7 @@ def readme_commands() -> list[list[str]]:
     return [line.removeprefix("python -m ").split() for line in block.strip().splitlines()]
 
 
+@pytest.mark.slow
 def test_own_folder_to_endpoint_in_the_three_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
     preprocess, train, deploy = readme_commands()
     at = [word.replace("root=photos", f"root={photos}") for word in preprocess]
@@ -102,6 +103,7 @@ def test_own_folder_to_endpoint_in_the_three_commands_of_the_readme(photos: Path
         requests.post(endpoint, data=b"", timeout=5)
 
 
+@pytest.mark.slow
 def test_quickstart_kept_answers_until_down_and_leaves_nothing(tmp_path: Path) -> None:
     done = run("jobs.quickstart", "jobs/configs/quickstart/digits.yaml", "keep=true", storage=tmp_path)
     try:

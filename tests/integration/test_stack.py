@@ -91,7 +91,6 @@ def test_mlflow_server_on_a_damaged_database_fails_with_the_end_of_its_log(tmp_p
     assert not [process for process in mine if process.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.ray
 def test_ray_head_starts_on_loopback_and_stops_without_a_trace(tmp_path: Path) -> None:
     head = ray_head(tmp_path, num_cpus=1)
     try:

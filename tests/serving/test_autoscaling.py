@@ -16,8 +16,6 @@ from jobs._process import Service
 CLIENTS = 8
 UP_S, DOWN_S = 60.0, 60.0
 
-pytestmark = pytest.mark.ray
-
 
 class Load:
     """Clients that ask without a pause; `statuses` collects what they were answered."""
@@ -54,6 +52,7 @@ def wait_for(head: Service, count: int, timeout_s: float) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
     ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
 ) -> None:

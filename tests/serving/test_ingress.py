@@ -22,8 +22,6 @@ from pipeline.types import Classification
 
 MAX_BODY_BYTES = 6 * 2**20
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.fixture(scope="module")
 def url(ray_head: Service, app_config: Callable[..., dict[str, Any]]) -> str:
