@@ -17,7 +17,8 @@ from pipeline.benchmark.contender import Contender, Epoch, Setting, Stored
 from pipeline.benchmark.photos import Photo
 from pipeline.data import loading, shards
 
-ROWS_PER_SHARD, ROWS_PER_GROUP = 1024, 128  # as ingest makes them
+ROWS_PER_SHARD = 1024  # as ingest makes them
+ROWS_PER_GROUP: dict[Stored, int] = {"jpeg": 128, "decoded": 8}  # the second as `rows.Config` advises
 
 
 class Contestant(Contender):
@@ -80,7 +81,7 @@ def write_shards(photos: Sequence[Photo], folder: Path, stored: Stored = "jpeg")
     folder.mkdir(parents=True)
     made = []
     for number, start in enumerate(range(0, len(photos), ROWS_PER_SHARD)):
-        with shards.Writer(folder / f"train-{number:05d}.parquet", "train", ROWS_PER_GROUP) as writer:
+        with shards.Writer(folder / f"train-{number:05d}.parquet", "train", ROWS_PER_GROUP[stored]) as writer:
             for photo in photos[start : start + ROWS_PER_SHARD]:
                 writer.add(_row(photo, stored))
         assert writer.shard is not None

@@ -10,7 +10,6 @@ Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short task
 from __future__ import annotations
 
 import heapq
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -313,13 +312,29 @@ def warm_up(config: Config, num_workers: int = 1) -> list[Any]:
     import ray  # noqa: PLC0415  (as in _read_in_ray)
     import ray.data  # noqa: PLC0415
 
-    task = ray.remote(_imported).options(label_selector=_selector(ray.nodes(), config.decode_on))
-    return [task.remote() for _ in range(config.num_tasks * num_workers)]
+    return [ray.remote(num_cpus=0)(_run_nothing).remote(config, config.num_tasks * num_workers)]
 
 
-def _imported() -> None:
-    """Import, by being unpickled, this module, and what Ray Data's own tasks need."""
-    importlib.import_module("ray.data")
+def _run_nothing(config: Config, num_tasks: int) -> None:
+    """A pipeline like that of `_read_in_ray`, which starts the same processes and Ray Data's own actors."""
+    import ray.data  # noqa: PLC0415
+
+    _set_context(config, num_tasks, max_block_bytes=1)
+    tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
+    tasks.map_batches(_unchanged, batch_size=1).materialize()
+
+
+def _set_context(config: Config, num_tasks: int, max_block_bytes: int) -> None:
+    """Set how Ray Data runs the pipelines of this process that are made from now on."""
+    import ray.data  # noqa: PLC0415
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = max_block_bytes
+    context.execution_options.preserve_order = False  # tasks take turns
+    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_tasks)
+    context.execution_options.label_selector = _selector(ray.nodes(), config.decode_on)
 
 
 def _read_in_ray(recipe: _Recipe, batches: list[Int64Array], config: Config) -> Iterator[Columns]:
@@ -329,13 +344,7 @@ def _read_in_ray(recipe: _Recipe, batches: list[Int64Array], config: Config) -> 
 
     if not batches:
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = max(len(batches[0]) * math.prod(recipe.image_shape), 1)  # else they are merged
-    context.execution_options.preserve_order = False  # tasks take turns
-    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=config.num_tasks)
-    context.execution_options.label_selector = _selector(ray.nodes(), config.decode_on)
+    _set_context(config, config.num_tasks, max(len(batches[0]) * math.prod(recipe.image_shape), 1))  # else merged
     num_tasks = min(config.num_tasks, len(batches))
     work = ray.put((recipe, batches))
 

@@ -13,7 +13,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +37,8 @@ class Config(Strict):
         train_short_side: training images whose short side is longer are resized to it and stored as `train_format`;
             None keeps the original bytes. Images with boxes or a mask always keep them.
         train_format: `jpeg`; or `decoded`, which stores all training images without boxes or a mask as plain pixels
-            (NPY), resized or not: ten times the bytes, and nothing to decode, for disks faster than the decoder.
+            (NPY), resized or not: ten times the bytes, and nothing to decode, for disks faster than the decoder. Then
+            take `rows_per_group: 8`, for whole row groups are read, and a batch comes from 16 of them.
         jpeg_quality: of the resized training images.
         rows_per_group: images in a Parquet row group, the unit of random access.
     """
@@ -87,15 +87,17 @@ class Made(Strict):
     rejects: tuple[Reject, ...]
 
 
-@dataclass
 class _Counts:
     """What is counted while the rows of a shard go by."""
 
-    classes: Counter[int] = field(default_factory=Counter)
-    objects: Counter[int] = field(default_factory=Counter)
-    digest: int = 0
-    pixels: shards.Pixels | None = None
-    sizes: shards.Sizes | None = None
+    def __init__(self) -> None:
+        self.classes: Counter[int] = Counter()
+        self.objects: Counter[int] = Counter()
+        self.digest = 0
+        self.num_pixels = 0
+        self.sums: Any = 0
+        self.products: Any = 0
+        self.sizes_hw: list[tuple[int, int]] = []
 
     def add(self, row: dict[str, Any], image: UInt8Array) -> None:
         if row["label"] is not None:
@@ -103,9 +105,28 @@ class _Counts:
         self.objects.update(row["box_labels"] or ())
         meaning = [row[name] for name in ("image_id", "label", "boxes", "box_labels", "sha256")]
         self.digest += int.from_bytes(hashlib.sha256(json.dumps(meaning).encode()).digest(), "big")
-        pixels, sizes = _pixels(image), _sizes((row["original_height"], row["original_width"]))
-        self.pixels = pixels if self.pixels is None else self.pixels + pixels
-        self.sizes = sizes if self.sizes is None else self.sizes + sizes
+        self.sizes_hw.append((row["original_height"], row["original_width"]))
+        # Exact: sums of products of bytes stay below 2**53 for any image that is accepted.
+        levels = image[::PIXEL_STEP, ::PIXEL_STEP].transpose(2, 0, 1).astype(np.float64, order="C")
+        levels = levels.reshape(len(levels), -1)  # [C, N]
+        self.num_pixels += levels.shape[1]
+        self.sums = self.sums + levels.sum(axis=1).astype(np.int64)
+        self.products = self.products + (levels @ levels.T).astype(np.int64)
+
+    @property
+    def pixels(self) -> shards.Pixels | None:
+        if not self.sizes_hw:
+            return None
+        sums, products = self.sums.tolist(), map(tuple, self.products.tolist())
+        return shards.Pixels(num=self.num_pixels, sums=tuple(sums), products=tuple(products))
+
+    @property
+    def sizes(self) -> shards.Sizes | None:
+        if not self.sizes_hw:
+            return None
+        sides = list(zip(*self.sizes_hw, strict=True))
+        smallest, largest, total = ((f(sides[0]), f(sides[1])) for f in (min, max, sum))
+        return shards.Sizes(num=len(self.sizes_hw), smallest_hw=smallest, largest_hw=largest, sum_hw=total)
 
 
 def make_shard(
@@ -268,18 +289,3 @@ def _reject(record: Record, label: int | None, reason: str, message: str) -> Rej
         reason=reason,
         message=message,
     )
-
-
-def _pixels(image: UInt8Array) -> shards.Pixels:
-    """Exact: sums of products of bytes stay below 2**53 for any image that is accepted."""
-    levels = image[::PIXEL_STEP, ::PIXEL_STEP].reshape(-1, image.shape[2]).astype(np.float64)
-    products = (levels.T @ levels).astype(np.int64)
-    return shards.Pixels(
-        num=len(levels),
-        sums=tuple(levels.sum(axis=0).astype(np.int64).tolist()),
-        products=tuple(map(tuple, products.tolist())),
-    )
-
-
-def _sizes(original_hw: tuple[int, int]) -> shards.Sizes:
-    return shards.Sizes(num=1, smallest_hw=original_hw, largest_hw=original_hw, sum_hw=original_hw)
