@@ -5,9 +5,9 @@ layers), B (13), D (16) and E (19) of its Table 1. Counted for 1000 classes, the
 parameters.
 
 The convolutional part is made by torchvision, the sub-modules are named as its own: its state dicts load unchanged,
-with and without batch normalisation. Differences from the paper: the initialisation is He et al.'s (2015), where the paper
-began the deep nets from trained shallow ones; batch normalisation did not exist. Inputs of other sizes than 224 are
-averaged to the 7x7 maps that the full layers expect.
+with and without batch normalisation. Differences from the paper: the initialisation is He et al.'s (2015), where the
+paper began the deep nets from trained shallow ones; batch normalisation did not exist. Inputs of other sizes than 224
+are averaged to the 7x7 maps that the full layers expect.
 
 The paper's figures on ImageNet's validation set, one net D at one scale (Table 3): 27.0 % top-1 and 8.8 % top-5 error
 at best; torchvision's weights reach 71.592 and 90.382 % accuracy (theirs, not ours).

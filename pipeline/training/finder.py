@@ -207,12 +207,14 @@ def _limited(model: nn.Module, limit_bytes: int | None) -> Iterator[None]:
     if limit_bytes is None:
         yield
         return
-    left = limit_bytes - 4 * sum(value.nbytes for value in model.parameters())
+    weights = {value.untyped_storage().data_ptr(): value.nbytes for value in model.parameters()}
+    left = limit_bytes - 4 * sum(weights.values())
     kept: dict[int, int] = {}
 
     def keep(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         if sum(kept.values()) > left:
             raise MemoryError(f"more than {limit_bytes} bytes")
         return value

@@ -68,7 +68,7 @@ def other_shape() -> dict[str, Tensor]:
         (weights() | {"extra": torch.zeros(2)}, r"extra: the model expects nothing, the weights hold \[2\]"),
     ],
 )
-def test_weights_that_do_not_fit_name_the_first_difference(
+def test_weights_that_do_not_fit_name_the_differences(
     tmp_path: Path, state: dict[str, Tensor], sentence: str
 ) -> None:
     torch.save(state, tmp_path / "lenet.pt")
