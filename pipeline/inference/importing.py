@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -30,7 +31,9 @@ class Config(Strict):
         model: the architecture; its parameters must be those of the weights.
         torchvision: a weights name such as `AlexNet_Weights.IMAGENET1K_V1`; it brings the class names too.
         weights: a local file.
-        classes: class names in the order of the outputs; a text file with one a line is `classes_file`.
+        classes: class names in the order of the outputs, for a local file.
+        classes_file: or a text file of them, one a line.
+        classes_of: or torchvision's weights that have the same classes; nothing is downloaded.
     """
 
     model: models.AnyModel
@@ -38,13 +41,15 @@ class Config(Strict):
     weights: Path | None = None
     classes: tuple[str, ...] = Field(default=())
     classes_file: Path | None = None
+    classes_of: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Config:
         if (self.torchvision is None) == (self.weights is None):
             raise ValueError("expected exactly one of torchvision and weights")
-        if self.weights is not None and bool(self.classes) == (self.classes_file is not None):
-            raise ValueError("expected exactly one of classes and classes_file beside weights")
+        named = [bool(self.classes), self.classes_file is not None, self.classes_of is not None]
+        if self.weights is not None and sum(named) != 1:
+            raise ValueError("expected exactly one of classes, classes_file and classes_of beside weights")
         return self
 
 
@@ -75,14 +80,7 @@ def from_torchvision(name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         ConfigError: there are no such weights.
         BundleError: they cannot be downloaded.
     """
-    import torchvision  # noqa: PLC0415  (slow to import)
-
-    try:
-        weights = torchvision.models.get_weight(name)
-    except (ValueError, KeyError):
-        raise ConfigError(
-            f"torchvision has no weights '{name}'; expected for example AlexNet_Weights.IMAGENET1K_V1"
-        ) from None
+    weights = _weights_of_torchvision(name)
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
@@ -155,7 +153,20 @@ def _difference(name: str, expected: Tensor | None, found: Tensor | None) -> str
     return f"{name}: the model expects {shapes[0]}, the weights hold {shapes[1]}"
 
 
+def _weights_of_torchvision(name: str) -> Any:
+    import torchvision  # noqa: PLC0415  (slow to import)
+
+    try:
+        return torchvision.models.get_weight(name)
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"torchvision has no weights '{name}'; expected for example AlexNet_Weights.IMAGENET1K_V1"
+        ) from None
+
+
 def _class_names(config: Config, data_root: Path) -> tuple[str, ...]:
+    if config.classes_of is not None:
+        return tuple(_weights_of_torchvision(config.classes_of).meta["categories"])
     if config.classes_file is None:
         return config.classes
     path = data_root / config.classes_file

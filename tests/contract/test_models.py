@@ -29,8 +29,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "alexnet": {"fc_features": 32, "num_classes": 10, "dropout": 0.0},
     "resnet": {"depth": 18, "num_classes": 10},
     "squeezenet": {"num_classes": 10, "dropout": 0.0},
-    "vgg": {"depth": 11, "fc_features": 32, "num_classes": 10, "dropout": 0.0},
-    "zfnet": {"fc_features": 32, "num_classes": 10, "dropout": 0.0},
+    "vgg": {"depth": 11, "fc_features": 256, "num_classes": 10, "dropout": 0.0},
+    "zfnet": {"fc_features": 256, "num_classes": 10, "dropout": 0.0},
 }
 SMALL_SIDE = {"alexnet": 67, "resnet": 64, "squeezenet": 64, "vgg": 32, "zfnet": 64}
 MORE: list[tuple[str, dict[str, Any]]] = [
