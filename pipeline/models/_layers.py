@@ -6,11 +6,13 @@ Tensor to tensor, no configuration and no names of models. Whatever torch has al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.types import InputSpec
 
 Activation = Literal["relu", "tanh", "sigmoid"]
 Pooling = Literal["max", "average"]
@@ -138,3 +140,27 @@ def lecun_init(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
         if weight is not None:
             lecun_uniform(weight, fan_in=layer.weight[0].numel())
     return layer
+
+
+def take_channels(network: nn.Module, first: str, channels: int) -> None:
+    """Give the convolution called `first` another number of input channels, freshly initialised as torch does."""
+    old = network.get_submodule(first)
+    if not isinstance(old, nn.Conv2d):
+        raise TypeError(f"expected a convolution at {first}, got {type(old).__name__}")
+    if old.in_channels != channels:
+        size, stride, padding = (cast(tuple[int, int], pair) for pair in (old.kernel_size, old.stride, old.padding))
+        fresh = nn.Conv2d(channels, old.out_channels, size, stride, padding, bias=old.bias is not None)
+        network.set_submodule(first, fresh)
+
+
+def check_size(whose: str, spec: InputSpec, smallest: int) -> None:
+    """Refuse images of which the poolings would leave nothing.
+
+    Raises:
+        ValueError: for validators of configurations.
+    """
+    if min(spec.size_hw) < smallest:
+        raise ValueError(
+            f"{whose} needs images of at least {smallest}x{smallest}, got input.size_hw {spec.size_hw}; the poolings "
+            "would leave nothing of smaller ones"
+        )

@@ -124,8 +124,9 @@ class DigitClassifier(Classifier):
         outputs = outputs.float()
         rubbish = outputs.new_full((len(outputs), 1), -self.rubbish_penalty)
         competition = torch.cat([outputs, rubbish], dim=1).logsumexp(dim=1)
-        right = (outputs * targets).sum(1) if targets.is_floating_point() else outputs.gather(1, targets[:, None])[:, 0]
-        return {"map": (competition - right).mean()}
+        if targets.is_floating_point():  # linear in them, so that weighted classes weigh the whole criterion
+            return {"map": (competition * targets.sum(1) - (outputs * targets).sum(1)).mean()}
+        return {"map": (competition - outputs.gather(1, targets[:, None])[:, 0]).mean()}
 
 
 class RadialOutput(nn.Module):

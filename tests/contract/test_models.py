@@ -25,13 +25,22 @@ from pipeline.errors import ModelError
 from pipeline.models import AnyModel
 from pipeline.models._contract import Classifier, ClassifierConfig
 
-SMALL: dict[str, dict[str, Any]] = {"alexnet": {"fc_features": 32, "num_classes": 10, "dropout": 0.0}}
-SMALL_SIDE = {"alexnet": 67}
+SMALL: dict[str, dict[str, Any]] = {
+    "alexnet": {"fc_features": 32, "num_classes": 10, "dropout": 0.0},
+    "resnet": {"depth": 18, "num_classes": 10},
+    "squeezenet": {"num_classes": 10, "dropout": 0.0},
+    "vgg": {"depth": 11, "fc_features": 256, "num_classes": 10, "dropout": 0.0},
+    "zfnet": {"fc_features": 256, "num_classes": 10, "dropout": 0.0},
+}
+SMALL_SIDE = {"alexnet": 67, "resnet": 64, "squeezenet": 64, "vgg": 32, "zfnet": 64}
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("alexnet", {"norm": "batch", "pooling": "average"}),
     ("alexnet", {"variant": "two_towers", "activation": "tanh", "overlapping": False, "init": "torch"}),
     ("lenet1", {"activation": "sigmoid"}),
     ("lenet5", {"activation": "tanh", "pooling": "average"}),
+    ("squeezenet", {"final_relu": False}),
+    ("vgg", {"batch_norm": True}),
+    ("zfnet", {"norm": "batch"}),
 ]
 
 
@@ -135,6 +144,15 @@ def test_loss_is_finite_named_scalars_and_takes_soft_targets(name: str, keys: di
     assert hard
     assert all(value.shape == () and value.isfinite() for value in hard.values())
     torch.testing.assert_close(hard, soft)
+
+
+@every_case
+def test_loss_is_linear_in_soft_targets_so_that_class_weights_weigh_it(name: str, keys: dict[str, Any]) -> None:
+    model = build(name, keys).eval()
+    outputs = model(Batch(images(model, 2)))
+    one, other = (torch.rand(outputs.shape, generator=torch.manual_seed(seed)) for seed in (1, 2))
+    parts = [sum(model.loss(outputs, targets).values()) for targets in (one, other, 2 * one + 3 * other)]
+    torch.testing.assert_close(parts[2], 2 * parts[0] + 3 * parts[1])
 
 
 @every_case

@@ -68,9 +68,7 @@ def other_shape() -> dict[str, Tensor]:
         (weights() | {"extra": torch.zeros(2)}, r"extra: the model expects nothing, the weights hold \[2\]"),
     ],
 )
-def test_weights_that_do_not_fit_name_the_first_difference(
-    tmp_path: Path, state: dict[str, Tensor], sentence: str
-) -> None:
+def test_weights_that_do_not_fit_name_the_differences(tmp_path: Path, state: dict[str, Tensor], sentence: str) -> None:
     torch.save(state, tmp_path / "lenet.pt")
     with pytest.raises(ModelError, match=sentence):
         bundle_from(config(), tmp_path, tmp_path / "made")
@@ -120,13 +118,23 @@ def test_class_names_come_from_a_file_and_must_be_as_many_as_outputs(tmp_path: P
         bundle_from(given, tmp_path, tmp_path / "made")
 
 
+def test_class_names_of_torchvisions_weights_need_no_download(tmp_path: Path) -> None:
+    wide = parse(models.config_of("lenet5"), {"num_classes": 1000}, "here")
+    torch.save(models.build(wide).state_dict(), tmp_path / "lenet.pt")
+    given = {"model": {"name": "lenet5", "num_classes": 1000}, "classes": [], "classes_of": "VGG16_Weights.DEFAULT"}
+    assert bundle_from(config(**given), tmp_path, tmp_path / "made").card.classes[0] == "tench"
+    with pytest.raises(ConfigError, match="torchvision has no weights 'None_Weights"):
+        bundle_from(config(**given | {"classes_of": "None_Weights.X"}), tmp_path, tmp_path / "made")
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
         ({"torchvision": "x"}, "exactly one of torchvision and weights"),
         ({"weights": None}, "exactly one of torchvision and weights"),
-        ({"classes": []}, "exactly one of classes and classes_file"),
-        ({"classes_file": "names.txt"}, "exactly one of classes and classes_file"),
+        ({"classes": []}, "exactly one of classes, classes_file and classes_of"),
+        ({"classes_file": "names.txt"}, "exactly one of classes, classes_file and classes_of"),
+        ({"classes_of": "AlexNet_Weights.DEFAULT"}, "exactly one of classes, classes_file and classes_of"),
     ],
 )
 def test_two_sources_or_none_are_refused(keys: dict[str, Any], sentence: str) -> None:

@@ -1,0 +1,203 @@
+"""What training starts from: the weights of another model, with a fresh output layer where the classes are others.
+
+Transfer learning as in Oquab et al. 2014, "Learning and Transferring Mid-Level Image Representations": layers trained
+on much data are kept, frozen or to be tuned, and a new last layer learns the classes of little data.
+
+`prepare` is for the driver: it finds the weights once, and writes a whole initial state that every worker reads from
+the run's folder. So a run can start again when the registry, the network or a cache is gone.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline import models
+from pipeline.config import Strict
+from pipeline.errors import ConfigError
+from pipeline.inference import bundle, importing
+from pipeline.inference.bundle import Bundle
+from pipeline.models._contract import Classifier, ClassifierConfig
+from pipeline.training.optim import NOTHING_TO_TRAIN, blocks
+from pipeline.types import InputSpec
+
+log = logging.getLogger("ventral.training")
+
+TORCHVISION, REGISTERED = "torchvision:", "models:/"
+INITIAL = "initial.safetensors"
+
+
+class Freeze(Strict):
+    """Which parameters stay as they are.
+
+    Attributes:
+        first: so many blocks from the input on; a block is a convolution or full layer with its normalisation, a fire
+            module, a residual block.
+        names: patterns of parameter names, such as `network.features.*`.
+    """
+
+    first: int = Field(default=0, ge=0)
+    names: tuple[str, ...] = ()
+
+
+class Config(Strict):
+    """Where the initial weights come from.
+
+    Attributes:
+        weights: `torchvision:<name>`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`; `models:/name@alias` or
+            `models:/name/3` in the registry; the folder of a bundle; or a file (.safetensors, or a PyTorch state dict).
+            Relative paths lie in `data_root`.
+        head: `new`: the last layer is initialised anew; `keep`: it comes with the weights, for the same classes.
+        freeze: what is not trained.
+    """
+
+    weights: str
+    head: Literal["new", "keep"] = "new"
+    freeze: Freeze = Freeze()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Found weights.
+
+    Attributes:
+        origin: where they were found, for people.
+        state: names and values, as they were stored.
+        classes: class names of the outputs, where they are known.
+        spec: what they expect of an image, where it is known.
+    """
+
+    origin: str
+    state: dict[str, Tensor]
+    classes: tuple[str, ...] | None = None
+    spec: InputSpec | None = None
+
+
+def find(config: Config, root: Path, registered: Callable[[str], Bundle]) -> Weights:
+    """Look the weights up.
+
+    Args:
+        config: says where.
+        root: folder that relative paths lie in.
+        registered: gives the bundle of a registered model, `name@alias` or `name/3`.
+
+    Raises:
+        VentralError: there are none, or they cannot be read.
+    """
+    given = config.weights
+    if given.startswith(TORCHVISION):
+        return Weights(given, *importing.from_torchvision(given.removeprefix(TORCHVISION)))
+    if given.startswith(REGISTERED):
+        return _of_bundle(given, registered(given.removeprefix(REGISTERED)))
+    path = root / given
+    if path.is_dir():
+        return _of_bundle(given, bundle.load(path))
+    return Weights(given, importing.read_state(path))
+
+
+def initialise(model: Classifier, weights: Weights, head: Literal["new", "keep"], classes: tuple[str, ...]) -> None:
+    """Give a model the weights it starts from; with a new head the last layer stays as it is.
+
+    Raises:
+        ConfigError: the head is to be kept, but its classes are others.
+        ModelError: the weights do not fit the architecture; the message names the differences.
+    """
+    if head == "keep":
+        _check_classes(weights, classes)
+    last, layer = blocks(model)[-1]
+    fresh = {f"{last}.{name}" for name in layer.state_dict()} if head == "new" else set[str]()
+    importing.load_state(model, weights.state, weights.origin, fresh)
+    mine, theirs = model.spec, weights.spec
+    if theirs is not None and (mine.mean, mine.std) != (theirs.mean, theirs.std):
+        log.warning(
+            "%s was trained with input.mean %s and std %s, but this model has %s and %s",
+            *(weights.origin, theirs.mean, theirs.std, mine.mean, mine.std),
+        )
+
+
+def freeze(model: nn.Module, config: Freeze) -> None:
+    """Exclude parameters from training; call it before the optimiser is built and DistributedDataParallel is wrapped.
+
+    Raises:
+        ConfigError: there are not so many blocks, a pattern matches nothing, or nothing is left to train.
+    """
+    parts = blocks(model)
+    if config.first > len(parts):
+        raise ConfigError(f"freeze.first: expected at most {len(parts)} blocks, got {config.first}")
+    named = dict(model.named_parameters())
+    first_kept = parts[config.first][0] if config.first < len(parts) else None
+    for name in _before(named, first_kept) if config.first else []:
+        named[name].requires_grad_(False)
+    for pattern in config.names:
+        matching = fnmatch.filter(named, pattern)
+        if not matching:
+            raise ConfigError(f"freeze.names: '{pattern}' matches no parameter; there are for example {[*named][:3]}")
+        for name in matching:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise ConfigError(NOTHING_TO_TRAIN)
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Keep the statistics of frozen batch normalisations frozen too; to be called after each `model.train()`."""
+    for layer in model.modules():
+        own = [*layer.parameters()]
+        if isinstance(layer, _BatchNorm) and own and not any(parameter.requires_grad for parameter in own):
+            layer.eval()
+
+
+def prepare(
+    path: Path, model: ClassifierConfig, weights: Weights, config: Config, seed: int, classes: tuple[str, ...]
+) -> None:
+    """Write the whole initial state of a model to `path`, whole or not at all; what is fresh in it follows from `seed`.
+
+    Raises:
+        VentralError: as `initialise`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = models.build(model)
+    initialise(built, weights, config.head, classes)
+    partial = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in built.state_dict().items()}, partial)
+    partial.rename(path)
+
+
+def restore(model: Classifier, path: Path) -> None:
+    """Give a freshly built model the state that `prepare` wrote."""
+    model.load_state_dict(load_file(path))
+
+
+def _of_bundle(origin: str, found: Bundle) -> Weights:
+    card = found.card
+    return Weights(origin, importing.read_state(found.path / bundle.WEIGHTS), card.classes, card.model.input)
+
+
+def _before(names: dict[str, nn.Parameter], first_kept: str | None) -> list[str]:
+    """The names, in the network's order, before those of the block `first_kept`; all of them without one."""
+    kept = [at for at, name in enumerate(names) if first_kept is not None and name.startswith(f"{first_kept}.")]
+    return [*names][: min(kept)] if kept else [*names]
+
+
+def _check_classes(weights: Weights, classes: tuple[str, ...]) -> None:
+    if weights.classes is None or weights.classes == classes:
+        return
+    if len(weights.classes) != len(classes):
+        raise ConfigError(
+            f"{weights.origin}: has {len(weights.classes)} classes, the dataset {len(classes)}; set start.head to new"
+        )
+    at = next(at for at, pair in enumerate(zip(weights.classes, classes, strict=True)) if pair[0] != pair[1])
+    raise ConfigError(
+        f"{weights.origin}: class {at} is '{weights.classes[at]}', in the dataset it is '{classes[at]}'; "
+        "set start.head to new, or bring the classes into one order"
+    )
