@@ -22,10 +22,9 @@ class Train(Job):
 
 def train(job: Train) -> None:
     """Do it, and say where the result is."""
-    launch.check_folder(job.store / "runs" / job.name, resume=job.training.resume)
-    shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
-    with tracking_uri(job.store) as uri, ray_session(job.store, job.training.num_cpus()):
-        outcome = experiment.conduct(job.name, job.training, storage=job.store, uri=uri)
+    folder = job.store / "runs" / job.name
+    launch.check_folder(folder, job.training.checkpoints, resume=job.training.resume)
+    outcome = experiment.finished(job.name, job.training, folder) or _conduct(job)
     for split, report in outcome.reports.items():
         print(f"{split:8} top-1 {report.metrics['top1']:.4f} of {report.num_images} images")
     print(f"bundle   {outcome.bundle.path}")
@@ -34,6 +33,12 @@ def train(job: Train) -> None:
         aliases = ", ".join(outcome.version.aliases)
         print(f"model    {outcome.version.name} version {outcome.version.version} ({aliases or 'no alias'})")
     print("seconds  " + "  ".join(f"{stage} {value:.0f}" for stage, value in outcome.seconds.items()))
+
+
+def _conduct(job: Train) -> experiment.Outcome:
+    shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
+    with tracking_uri(job.store) as uri, ray_session(job.store, job.training.num_cpus()):
+        return experiment.conduct(job.name, job.training, storage=job.store, uri=uri)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,15 +1,17 @@
-"""Where encoded files lie: a local path or an object in a bucket (`s3://`, `gs://`), behind four verbs.
+"""Where encoded files lie: a local path or an object in a bucket (`s3://`, `gs://`), behind a few verbs.
 
 A location is text: an absolute local path, or a URL. Local files are read by Python, which takes every name a file can
 have; buckets through pyarrow's filesystems, with credentials and endpoint from the environment as their makers define
 it (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, ...). Nothing here knows about images.
-Left out: writing, which shards do.
+Writing is for checkpoints; shards are written by pyarrow itself.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -135,10 +137,63 @@ def open_input(uri: str) -> BinaryIO:
     return cast(BinaryIO, filesystem.open_input_file(path))
 
 
+def write(uri: str, data: bytes | memoryview) -> None:
+    """Write a file, whole or not at all, and on the disk when this returns; missing folders are made.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before is as it was.
+    """
+    if is_remote(uri):
+        filesystem, path = _filesystem(uri)
+        with filesystem.open_output_stream(path) as file:  # appears when it is closed
+            file.write(data)
+        return
+    path = Path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove(location: str) -> None:
+    """Remove a file, or a folder with all that it holds; nothing happens where there is nothing.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if not is_remote(location):
+        if Path(location).is_dir():
+            shutil.rmtree(location)
+        else:
+            Path(location).unlink(missing_ok=True)
+        return
+    filesystem, path = _filesystem(location)
+    if is_file(location):
+        filesystem.delete_file(path)
+    elif is_folder(location):
+        filesystem.delete_dir(path)
+
+
 def reason(error: OSError) -> str:
     """Why a file could not be had, in a few words."""
     text = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return text.split(". Detail: ")[0].split(" (Request ID: ")[0][:200]  # the tails that pyarrow and S3 add
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _walk_local(folder: str, prefix: str, came_through: tuple[tuple[int, int], ...]) -> Iterator[File]:

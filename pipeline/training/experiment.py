@@ -15,12 +15,15 @@ from pydantic import Field
 from pipeline import provenance
 from pipeline.config import Strict, dump, flatten
 from pipeline.data import shards
+from pipeline.errors import ConfigError
 from pipeline.evaluation import run as evaluation
 from pipeline.evaluation.report import Report
+from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.tracking import registry, runs
-from pipeline.training import launch
+from pipeline.training import checkpoint, launch
 from pipeline.training.loop import Recipe
+from pipeline.training.record import Record
 from pipeline.types import Split
 
 log = logging.getLogger("ventral.training")
@@ -40,12 +43,13 @@ class Config(Strict):
         shards: the dataset; a relative path lies in the job's `storage`.
         evaluate: splits that the finished model is measured on.
         register_as: None leaves the registry alone.
-        resume: go on from the newest checkpoint of a run of this name.
+        resume: go on from the newest checkpoint of a run of this name; what was finished is not done again.
     """
 
     shards: Path
     recipe: Recipe
     cluster: launch.Cluster = launch.Cluster()
+    checkpoints: checkpoint.Config = checkpoint.Config()
     evaluate: tuple[Split, ...] = Field(default=("val",), min_length=1)
     tracking: runs.Config
     register_as: Registration | None = None
@@ -68,15 +72,35 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def finished(name: str, config: Config, folder: Path) -> Outcome | None:
+    """What a run has left behind that is resumed with nothing left to do; else None.
+
+    Raises:
+        ConfigError: it was finished with another recipe.
+    """
+    record = Record.of(folder) if config.resume else None
+    if record is None or not record.is_finished:
+        return None
+    if record.recipe != config.recipe.model_dump(mode="json"):
+        raise ConfigError(f"{folder}: the run '{name}' was finished with another recipe; choose another name")
+    files = {split: folder / f"report-{split}.json" for split in config.evaluate}
+    if not all(file.exists() for file in files.values()):
+        return None
+    reports = {split: Report.model_validate_json(file.read_bytes(), strict=True) for split, file in files.items()}
+    return Outcome(bundle.load(folder / "bundle"), reports, record.run_url, record.version)
+
+
 def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
     """Do the whole run on an initialised Ray, against the MLflow server at `uri`.
 
     Raises:
         VentralError: whatever went wrong; the MLflow run has ended as FAILED or KILLED.
     """
-    source = shards.load(storage / config.shards)
     folder = storage / "runs" / name
-    launch.check_folder(folder, resume=config.resume)
+    launch.check_folder(folder, config.checkpoints, resume=config.resume)
+    if done := finished(name, config, folder):
+        return done
+    source, recipe = shards.load(storage / config.shards), config.recipe.model_dump(mode="json")
     used: tuple[Split, ...] = ("train", "val")
     for split in used:
         if split not in config.evaluate:  # those are checked when they are evaluated
@@ -86,31 +110,39 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
     seconds: dict[str, float] = {}
     with runs.start(uri, tracking, params=flatten(config), tags=tags) as run:
         log.info("MLflow run %s", run.url)
+        Record(run_id=run.id, run_url=run.url, recipe=recipe).write(folder)
         run.log_text("config.yaml", dump(config))
         for split in ("train", *config.evaluate):
             run.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), split)
         with _timed(seconds, "train"):
-            bundle = launch.train(
-                folder, source, config.recipe, config.cluster, provenance=_facts(source, run), tracking=(uri, run.id)
+            made = launch.train(
+                folder,
+                source,
+                config.recipe,
+                config.cluster,
+                checkpoints=config.checkpoints,
+                provenance=_facts(source, run),
+                tracking=(uri, run.id),
             )
         with _timed(seconds, "evaluate"):
-            reports = {split: _evaluate(bundle, source, split, folder, run) for split in config.evaluate}
+            reports = {split: _evaluate(made, source, split, folder, run) for split in config.evaluate}
         with _timed(seconds, "register"):
-            version = _register(run, bundle, config.register_as)
-    return Outcome(bundle, reports, run.url, version, seconds)
+            version = _register(run, made, config.register_as)
+        Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
+    return Outcome(made, reports, run.url, version, seconds)
 
 
-def _evaluate(bundle: Bundle, source: shards.Shards, split: Split, folder: Path, run: runs.Run) -> Report:
-    report = evaluation.evaluate(bundle, source, split)
+def _evaluate(made: Bundle, source: shards.Shards, split: Split, folder: Path, run: runs.Run) -> Report:
+    report = evaluation.evaluate(made, source, split)
     report.record(run, folder / f"report-{split}.json")
     log.info("%s: %s", split, "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items()))
     return report
 
 
-def _register(run: runs.Run, bundle: Bundle, registration: Registration | None) -> registry.Version | None:
+def _register(run: runs.Run, made: Bundle, registration: Registration | None) -> registry.Version | None:
     if registration is None:
         return None
-    version = registry.publish(run, bundle, registration.model)
+    version = registry.publish(run, made, registration.model)
     if registration.alias is None:
         return version
     return registry.promote(run.uri, version.name, version.version, registration.alias)

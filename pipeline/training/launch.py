@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Self
 
 import ray.train
 import ray.train.torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Strict, parse
 from pipeline.data import shards
@@ -19,19 +20,31 @@ from pipeline.training.loop import Recipe
 from pipeline.training.worker import Assignment, work
 
 
+RECORD = "run.json"
+
+
 class Cluster(Strict):
     """How many workers train, and what each is given.
 
     Attributes:
+        min_workers: train on as few as this many while there are no resources for `num_workers`, and on more as soon as
+            there are; None waits for all. The batch of a step grows and shrinks with the workers.
         gpu: one GPU for each worker (nccl); without, CPUs only (gloo).
         max_failures: how often the workers are started anew after a failure of any kind; training then goes on from
             the newest checkpoint.
     """
 
     num_workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)
     cpus_per_worker: float = Field(default=1, gt=0)
     gpu: bool = False
     max_failures: int = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _min_is_least(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than num_workers, {self.num_workers}")
+        return self
 
 
 def train(
@@ -40,20 +53,27 @@ def train(
     recipe: Recipe,
     cluster: Cluster,
     *,
+    checkpoints: checkpoint.Config | None = None,
     provenance: dict[str, str] | None = None,
     tracking: tuple[str, str] | None = None,
 ) -> Bundle:
-    """Train on an initialised Ray, from the newest checkpoint in `folder` if there is one, and return the bundle.
+    """Train on an initialised Ray, from the newest checkpoint of `folder` if there is one, and return the bundle.
 
     Args:
-        folder: of this run, on storage that every worker reaches: checkpoints and bundle.
+        folder: of this run, on storage that every worker reaches: bundle, and checkpoints where they are not elsewhere.
         tracking: MLflow's address and the run's id.
 
     Raises:
         VentralError: what a worker raised.
     """
     assignment = Assignment(
-        folder.absolute(), source.path.absolute(), recipe, fitted(recipe.model, source), provenance or {}, tracking
+        folder.absolute(),
+        source.path.absolute(),
+        recipe,
+        fitted(recipe.model, source),
+        provenance or {},
+        store_of(folder, checkpoints),
+        tracking,
     )
     trainer = ray.train.torch.TorchTrainer(
         work,
@@ -67,33 +87,46 @@ def train(
         ),
     )
     try:
-        trainer.fit()
+        result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     finally:
         shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray's own bookkeeping; ours is in checkpoints
+    if result.return_value is not None:
+        raise result.return_value
     return load(folder / "bundle")
 
 
 def scaling(cluster: Cluster) -> ray.train.ScalingConfig:
     """What Ray Train is asked for: so many workers, each with its CPUs and perhaps a GPU."""
+    few, all_of_them = cluster.min_workers, cluster.num_workers
     return ray.train.ScalingConfig(
-        num_workers=cluster.num_workers,
+        num_workers=all_of_them if few is None else (few, all_of_them),
         use_gpu=cluster.gpu,
         resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {}),
     )
 
 
-def check_folder(folder: Path, *, resume: bool) -> None:
+def store_of(folder: Path, checkpoints: checkpoint.Config | None = None) -> checkpoint.Store:
+    """The checkpoints of the run in a folder, which gives the run its name."""
+    return (checkpoints or checkpoint.Config()).store(str(folder.absolute()), folder.name)
+
+
+def check_folder(folder: Path, checkpoints: checkpoint.Config | None = None, *, resume: bool) -> None:
     """Refuse to continue by accident, and to continue what is not there.
 
     Raises:
-        ConfigError: `folder` holds a run and `resume` is not set, or the reverse.
+        ConfigError: there is a run and `resume` is not set, or the reverse.
+        DataError: the storage of the checkpoints cannot be listed.
     """
-    if resume and checkpoint.latest(folder / "checkpoints") is None:
-        raise ConfigError(f"{folder}: holds no checkpoint to resume from; leave resume out to start anew")
-    if not resume and ((folder / "checkpoints").exists() or (folder / "bundle").exists()):
-        raise ConfigError(f"{folder}: holds an earlier run; choose another name, delete it, or set resume=true")
+    store = store_of(folder, checkpoints)
+    files = [path for path in (folder / RECORD, folder / "bundle") if path.exists()]
+    is_begun = files or store.positions()
+    if resume and not is_begun:
+        raise ConfigError(f"{folder}: holds no run to resume; leave resume out to start anew")
+    if not resume and is_begun:
+        where = folder if files else store.folder
+        raise ConfigError(f"{where}: holds an earlier run; choose another name, delete it, or set resume=true")
 
 
 def fitted(model: ClassifierConfig, source: shards.Shards) -> ClassifierConfig:

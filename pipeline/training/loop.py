@@ -2,16 +2,17 @@
 
 It is given a model and a loader, and tells an observer about every epoch. Distributed training is
 `torch.distributed`, if the caller has initialised it: gradients are averaged over ranks, metrics are summed.
+
+Whatever changes in training is in the `State`; whatever is random in a step, and its learning rate, follows from the
+position. So a run that was killed anywhere goes on exactly: see `pipeline.training.state`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -29,12 +30,14 @@ from pipeline.data.loading import Loader
 from pipeline.data.transforms import classify, mixing
 from pipeline.data.transforms.classify import Augment
 from pipeline.data.transforms.mixing import Mixing
-from pipeline.errors import ModelError
 from pipeline.evaluation.live import all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
-from pipeline.training import checkpoint
+from pipeline.training import ranks
+from pipeline.training.checkpoint import Position, Store
+from pipeline.training.guard import Guard
 from pipeline.training.optim import Config as Optim
 from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.state import State, begin, resume
 
 
 class Recipe(Strict):
@@ -83,97 +86,122 @@ def fit(
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
-    checkpoints: Path | None = None,
+    checkpoints: Store | None = None,
     observe: Callable[[Epoch], None] = lambda epoch: None,
 ) -> dict[str, float]:
     """Train `model` in place, from its newest checkpoint if there is one, and leave it in evaluation mode.
+
+    An epoch is told to `observe` before its checkpoint is written, so that after a failure it may be told again, with
+    the same figures, but is never left out.
 
     Returns:
         The metrics of the epoch whose weights the model is left with.
 
     Raises:
-        ConfigError: the images do not allow the augmentation.
-        ModelError: the loss is not finite; the checkpoints before it remain.
+        ConfigError: the images do not allow the augmentation, or the checkpoints are of another run.
+        DataError: a checkpoint cannot be written or read.
+        DivergedError: the loss or a weight is not finite; no checkpoint holds such weights.
     """
     classify.check(recipe.augment, model.spec)
     mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
     model.to(device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, recipe.optim)
-    state = _resume(model, optimizer, checkpoints, device)
-    net = DistributedDataParallel(model) if _world_size() > 1 else model
-    for epoch in range(state["epoch"], recipe.epochs):
-        _seed_epoch(recipe.seed, epoch)
-        started = time.monotonic()
-        metrics = _train_epoch(net, model, loader, recipe, optimizer, epoch, device)
-        seconds = time.monotonic() - started
-        _share_buffers(model)
-        num_classes = len(loader.source.manifest.classes)
-        counts = all_reduce(evaluate(model, loader.evaluate("val"), num_classes, device, recipe.precision))
-        metrics |= {f"val/{name}": value for name, value in counts.metrics().items()}
-        state = _advance(state, model, optimizer, epoch + 1, metrics, keep_best=recipe.keep_best)
-        if checkpoints is not None and _rank() == 0:
-            checkpoint.save(checkpoints, epoch + 1, state)
-        observe(Epoch(epoch + 1, recipe.epochs, metrics, seconds))
+    state = begin({"model": model, "optimizer": build_optimizer(model, recipe.optim)}, loader, device)
+    if checkpoints is not None:
+        resume(state, checkpoints, device)
+    best = _best_weights(state, recipe, checkpoints, device)
+    _protect_best(state, recipe)
+    guard = Guard(state, checkpoints, loader.global_batch_size)
+    net = _distributed(model, loader, recipe, device) if ranks.world_size() > 1 else model
+    while state.epoch < recipe.epochs:
+        _train_epoch(net, model, loader, recipe, state, guard)
+        metrics, seconds = _measure(model, loader, recipe, state, guard), state.tally.seconds
+        state.finish_epoch(metrics)
+        _protect_best(state, recipe)
+        if recipe.keep_best and _best_epoch(state) == state.epoch:
+            best = {name: value.clone() for name, value in model.state_dict().items()}
+        observe(Epoch(state.epoch, recipe.epochs, metrics, seconds))
+        guard.save()
     model.eval()
-    if not recipe.keep_best:
-        return dict(state["metrics"])
-    model.load_state_dict(state["best"]["model"])
-    return dict(state["best"]["metrics"])
+    if best:
+        model.load_state_dict(best)
+    return dict(state.history[(_best_epoch(state) if recipe.keep_best else state.epoch) - 1])
 
 
-def _train_epoch(
-    net: nn.Module,
-    model: Classifier,
-    loader: Loader,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    device: torch.device | str,
-) -> dict[str, float]:
-    """One pass over the data. `net` is `model`, possibly wrapped for distributed training."""
+def _train_epoch(net: nn.Module, model: Classifier, loader: Loader, recipe: Recipe, state: State, guard: Guard) -> None:
+    """From where the state is to the end of its epoch. `net` is `model`, possibly wrapped for distributed training."""
     net.train()
-    started, waited, total, steps = time.monotonic(), 0.0, torch.zeros((), device=device), loader.steps_per_epoch
+    optimizer, tally = cast(torch.optim.Optimizer, state.parts["optimizer"]), state.tally
     num_classes, covariance = len(loader.source.manifest.classes), _covariance(loader)
-    batches = iter(loader.train(epoch))
-    for step in range(steps):
+    batches = iter(loader.train(state.epoch, state.offset))
+    for _ in range(_steps_left(loader, state)):
         asked = time.monotonic()
-        batch = next(batches).to(device)
-        waited += time.monotonic() - asked
-        drawn = _generator(recipe.seed, epoch, step)
-        batch = mixing.mix(batch, recipe.mixing, num_classes, drawn, covariance)
-        lr = learning_rate(recipe.optim, epoch * steps + step, steps, recipe.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total += _step(net, model, batch, recipe, optimizer)
-    seconds = time.monotonic() - started
-    loss = _mean_over_ranks(float(total) / steps)  # before the check: all ranks must raise together
-    if not math.isfinite(loss):
-        raise ModelError(
-            f"the training loss became {loss} in epoch {epoch + 1}; take a smaller optim.lr or a longer warm-up"
-        )
+        batch = next(batches).to(tally.loss.device)
+        tally.waited_s += time.monotonic() - asked
+        _seed_step(recipe.seed, state)
+        batch = mixing.mix(batch, recipe.mixing, num_classes, torch.default_generator, covariance)
+        tally.lr = _set_learning_rate(optimizer, recipe, state, loader)
+        tally.loss += _step(net, model, batch, recipe, optimizer) * len(batch)
+        state.offset += loader.global_batch_size
+        guard.after_step()
+        tally.seconds += time.monotonic() - asked
+
+
+def _measure(model: Classifier, loader: Loader, recipe: Recipe, state: State, guard: Guard) -> dict[str, float]:
+    """The metrics of an epoch that is trained to its end."""
+    waited_from = time.monotonic()
+    losses, tally = guard.losses(), state.tally
+    tally.seconds += time.monotonic() - waited_from  # for steps that the device had not done yet
+    guard.check_weights()
+    _share_buffers(model)
+    device, num_classes = tally.loss.device, len(loader.source.manifest.classes)
+    counts = all_reduce(evaluate(model, loader.evaluate("val"), num_classes, device, recipe.precision))
     return {
-        "train/loss": loss,
-        "lr": lr,
-        "images_per_s": steps * loader.config.batch_size * _world_size() / seconds,
-        "data_wait_share": waited / seconds,
+        "train/loss": sum(losses) / state.offset,
+        "lr": tally.lr,
+        "images_per_s": state.offset / tally.seconds,
+        "data_wait_share": tally.waited_s / tally.seconds,
+        **{f"val/{name}": value for name, value in counts.metrics().items()},
     }
 
 
 def _step(net: nn.Module, model: Classifier, batch: Batch, recipe: Recipe, optimizer: torch.optim.Optimizer) -> Tensor:
     """One step on one batch; returns the loss, detached."""
-    assert batch.targets is not None
-    with autocast(recipe.precision, batch.images.device):
-        outputs = net(batch)
-        losses = model.loss(outputs, _smooth(batch.targets, outputs.shape[1], recipe.label_smoothing))
-        loss = torch.stack(list(losses.values())).sum()
+    loss = _loss(net, model, batch, recipe)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     if recipe.optim.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
     optimizer.step()
     return loss.detach()
+
+
+def _loss(net: nn.Module, model: Classifier, batch: Batch, recipe: Recipe) -> Tensor:
+    """The mean loss over a batch, with its graph."""
+    assert batch.targets is not None
+    with autocast(recipe.precision, batch.images.device):
+        outputs = net(batch)
+        losses = model.loss(outputs, _smooth(batch.targets, outputs.shape[1], recipe.label_smoothing))
+        return torch.stack(list(losses.values())).sum()
+
+
+def _distributed(model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str) -> nn.Module:
+    """The model wrapped so that gradients are averaged over ranks, the same way in every step.
+
+    After its first step DistributedDataParallel regroups the gradients by the order in which they came, and the last
+    bits of a sum over three or more ranks depend on the groups. So the first step is one whose gradients nobody uses:
+    otherwise the first one after a resume would differ from the same step of an uninterrupted run.
+    """
+    net = DistributedDataParallel(model).train()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    images = torch.zeros(loader.config.batch_size, model.spec.num_channels, *model.spec.size_hw, dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
+    torch.autograd.backward(_loss(net, model, batch, recipe))
+    model.zero_grad(set_to_none=True)
+    for buffer, value in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    return net
 
 
 def _smooth(targets: Tensor, num_classes: int, share: float) -> Tensor:
@@ -190,64 +218,52 @@ def _covariance(loader: Loader) -> mixing.Covariance | None:
     return None if pixels is None else pixels.covariance
 
 
-def _resume(
-    model: Classifier, optimizer: torch.optim.Optimizer, checkpoints: Path | None, device: torch.device | str
-) -> dict[str, Any]:
-    """The state to go on from: that of the newest checkpoint, loaded into model and optimiser, or a fresh one."""
-    path = checkpoint.latest(checkpoints) if checkpoints is not None else None
-    if path is None:
-        return {"epoch": 0, "metrics": {}, "best": {}}
-    state = checkpoint.load(path, device)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state
+def _best_epoch(state: State) -> int:
+    """The epoch, from 1, of best validation top-1, of equal ones the first."""
+    values = [metrics["val/top1"] for metrics in state.history]
+    return 1 + max(range(len(values)), key=lambda index: (values[index], -index))
 
 
-def _advance(
-    state: dict[str, Any],
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    metrics: dict[str, float],
-    *,
-    keep_best: bool,
-) -> dict[str, Any]:
-    """The state after an epoch. The best weights are copied: those of the model go on changing."""
-    weights, best = model.state_dict(), state["best"]
-    if keep_best and metrics["val/top1"] > best.get("metrics", {}).get("val/top1", -1.0):
-        best = {"metrics": metrics, "model": {name: value.clone() for name, value in weights.items()}}
-    return {"epoch": epoch, "metrics": metrics, "model": weights, "optimizer": optimizer.state_dict(), "best": best}
+def _protect_best(state: State, recipe: Recipe) -> None:
+    if recipe.keep_best and state.history:
+        state.protected = {Position(_best_epoch(state))}
 
 
-def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """What is random in the mixing of one batch: a function of where we are, so that it resumes exactly."""
-    return torch.Generator().manual_seed(int(np.random.default_rng([seed, epoch, step, _rank()]).integers(2**63)))
+def _best_weights(
+    state: State, recipe: Recipe, checkpoints: Store | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Those of the best epoch so far, where they are kept and a run goes on; else nothing."""
+    if not recipe.keep_best or checkpoints is None or not state.history:
+        return {}
+    weights: dict[str, Tensor] = checkpoints.load(Position(_best_epoch(state)), device).parts["model"]
+    return weights
 
 
-def _seed_epoch(seed: int, epoch: int) -> None:
-    """Make what is random in an epoch (dropout) a function of seed, epoch and rank, so that it resumes exactly."""
-    torch.manual_seed(int(np.random.default_rng([seed, epoch, _rank()]).integers(2**63)))
+def _steps_left(loader: Loader, state: State) -> int:
+    """Steps of the epoch that are ahead of us; all of them, where it begins, and at least one."""
+    if state.offset == 0:
+        return loader.steps_per_epoch
+    return (loader.source.manifest.num_rows("train") - state.offset) // loader.global_batch_size
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, state: State, loader: Loader) -> float:
+    """Let the learning rate follow the position, in steps of as many workers as there are now."""
+    steps = loader.steps_per_epoch
+    step = state.epoch * steps + state.offset // loader.global_batch_size
+    lr = learning_rate(recipe.optim, step, steps, recipe.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _seed_step(seed: int, state: State) -> None:
+    """Make what is random in a step (dropout, mixing) a function of where we are, so that it resumes exactly."""
+    numbers = np.random.SeedSequence([seed, *state.position, ranks.rank()])
+    torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def _share_buffers(model: nn.Module) -> None:
     """Give every rank the running statistics of rank 0, whose weights are the ones that are saved."""
-    if _world_size() > 1:
+    if ranks.world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def _mean_over_ranks(value: float) -> float:
-    if _world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64)
-    total = total.to("cuda") if dist.get_backend() == "nccl" else total
-    dist.all_reduce(total)
-    return float(total) / _world_size()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

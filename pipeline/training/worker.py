@@ -17,6 +17,8 @@ from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.inference import bundle
 from pipeline.models._contract import ClassifierConfig
+from pipeline.training import checkpoint
+from pipeline.training.guard import DivergedError
 from pipeline.training.loop import Epoch, Recipe, fit
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Assignment:
     Attributes:
         folder: of the run; must be reachable from every node.
         model: the recipe's model, with the number of classes of the shards.
+        checkpoints: of the run; must be reachable from every node.
         tracking: MLflow's address and the run's id, for rank 0; None logs nowhere.
     """
 
@@ -40,11 +43,17 @@ class Assignment:
     recipe: Recipe
     model: ClassifierConfig
     provenance: dict[str, str]
+    checkpoints: checkpoint.Store
     tracking: tuple[str, str] | None = None
 
 
-def work(config: dict[str, Assignment]) -> None:
-    """Train on this worker; rank 0 writes the bundle."""
+def work(config: dict[str, Assignment]) -> DivergedError | None:
+    """Train on this worker; rank 0 writes the bundle.
+
+    Returns:
+        The error of a run that diverged. What is raised, Ray answers by starting the workers anew, and a run that is
+        exactly resumed diverges again.
+    """
     assignment, context = config["assignment"], ray.train.get_context()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # one pipeline per epoch, each with its own announcement
@@ -70,8 +79,10 @@ def work(config: dict[str, Assignment]) -> None:
         if run is not None:
             run.log_metrics(epoch.metrics, step=epoch.number)
 
-    checkpoints = assignment.folder / "checkpoints"
-    metrics = fit(model, loader, recipe, device=device, checkpoints=checkpoints, observe=observe)
+    try:
+        metrics = fit(model, loader, recipe, device=device, checkpoints=assignment.checkpoints, observe=observe)
+    except DivergedError as error:  # on every rank
+        return error
     if rank == 0:
         bundle.save(
             assignment.folder / "bundle",
@@ -82,6 +93,7 @@ def work(config: dict[str, Assignment]) -> None:
             metrics=metrics,
             provenance=assignment.provenance | {"dataset_digest": source.manifest.digest},
         )
+    return None
 
 
 def _attach(uri: str, run_id: str) -> Run:

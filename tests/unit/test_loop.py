@@ -16,11 +16,14 @@ from pipeline.batch import Batch
 from pipeline.config import parse
 from pipeline.data import shards
 from pipeline.data.loading import Loader
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError
 from pipeline.evaluation.live import evaluate
 from pipeline.models._contract import Classifier
-from pipeline.training import checkpoint
+from pipeline.training import guard
+from pipeline.training.checkpoint import Config, Position, Store
+from pipeline.training.guard import DivergedError
 from pipeline.training.loop import Epoch, Recipe, fit
+from pipeline.types import InputSpec
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,31 +77,127 @@ def test_fit_learns_stripes_and_tells_every_epoch(stripes: shards.Shards) -> Non
     assert last["lr"] == pytest.approx(0.025 * (1 + math.cos(math.pi * 39 / 40)))
 
 
-@pytest.mark.parametrize("model", [{"name": "lenet5", "num_classes": 2}, {"name": "alexnet", "num_classes": 2}])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    stripes: shards.Shards, tmp_path: Path, model: dict[str, Any]
+class KilledError(Exception):
+    """What stands in for a kill."""
+
+
+class Mortal(Loader):
+    """A loader that ends the run instead of giving the batch of this number, counted from 0 over its whole life."""
+
+    def __init__(self, source: shards.Shards, given: Recipe, spec: InputSpec, last: int) -> None:
+        super().__init__(source, spec, given.loading, augment=given.augment, seed=given.seed)
+        self.left = last
+
+    def train(self, epoch: int, offset: int = 0) -> Iterator[Batch]:
+        for batch in super().train(epoch, offset):
+            if self.left == 0:
+                raise KilledError
+            self.left -= 1
+            yield batch
+
+
+EVERYTHING_RANDOM = {
+    "model": {
+        "name": "alexnet",
+        "num_classes": 2,
+        "norm": "batch",
+        "fc_features": 16,
+        "input": {"size_hw": [67, 67]},
+    },
+    "loading": {"batch_size": 8, "reader": "local", "num_tasks": 0, "sampling": {"balance": True}},
+    "augment": {"crop": "none", "flip": True},
+    "mixing": {"mixup": 0.2, "cutmix": 1.0},
+    "optim": {"lr": 0.01, "warmup_epochs": 1, "clip_norm": 1.0},
+    "keep_best": True,
+    "epochs": 2,
+}
+"""Dropout, mixing, sampling, running statistics, momentum, a schedule: 5 steps an epoch."""
+EXACT = ("train/loss", "lr", "val/top1", "val/top5", "val/loss", "val/mean_recall")
+
+
+def exact(epoch: Epoch) -> dict[str, float]:
+    """The figures that depend on no clock."""
+    return {name: epoch.metrics[name] for name in EXACT}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(stripes: shards.Shards) -> tuple[Classifier, list[Epoch]]:
+    return trained(stripes, parse(Recipe, EVERYTHING_RANDOM, "here"))
+
+
+@pytest.mark.parametrize(
+    ("kills", "every_steps"), [((0, 1, 1), 1), ((3, 2), 2), ((4,), 3), ((5, 1), None), ((7, 2), 3), ((9, 0), 4)]
+)
+def test_a_run_that_is_killed_anywhere_and_resumed_equals_an_uninterrupted_one_bit_for_bit(
+    stripes: shards.Shards,
+    uninterrupted: tuple[Classifier, list[Epoch]],
+    tmp_path: Path,
+    kills: tuple[int, ...],
+    every_steps: int | None,
 ) -> None:
-    if model["name"] == "alexnet":  # dropout is random in every step
-        model |= {"fc_features": 16, "input": {"size_hw": [67, 67]}}
-    given = recipe(model=model, keep_best=True, optim={"lr": 0.01}, loading={"batch_size": 20, "reader": "local"})
-    whole, epochs = trained(stripes, given)
+    given, told = parse(Recipe, EVERYTHING_RANDOM, "here"), list[Epoch]()
+    store = Store(str(tmp_path), Config(every_steps=every_steps))
+    for last in kills:
+        torch.manual_seed(12345)  # whatever the random state of the new process is
+        model = models.build(given.model) if store.positions() else fresh(given)
+        with pytest.raises(KilledError):
+            fit(model, Mortal(stripes, given, model.spec, last), given, checkpoints=store, observe=told.append)
+    torch.manual_seed(54321)
+    model = models.build(given.model) if store.positions() else fresh(given)
+    loader = Loader(stripes, model.spec, given.loading, augment=given.augment, seed=given.seed)
+    final = fit(model, loader, given, checkpoints=store, observe=told.append)
+    whole, epochs = uninterrupted
+    assert same(whole, model)
+    assert {epoch.number: exact(epoch) for epoch in told} == {epoch.number: exact(epoch) for epoch in epochs}
+    newest = store.newest("cpu")
+    assert newest is not None
+    assert [{name: metrics[name] for name in EXACT} for metrics in newest.progress["history"]] == [
+        exact(epoch) for epoch in epochs
+    ]
+    assert {name: final[name] for name in EXACT} == exact(max(epochs, key=lambda epoch: epoch.metrics["val/top1"]))
 
-    class Stopped(Exception):  # noqa: N818  (it is a person who stops it)
-        pass
 
-    def stop_after_two(epoch: Epoch) -> None:
-        if epoch.number == 2:
-            raise Stopped
+def test_a_resumed_run_repeats_no_step_that_a_checkpoint_holds(stripes: shards.Shards, tmp_path: Path) -> None:
+    given, store = recipe(epochs=2), Store(str(tmp_path), Config(every_steps=2))
+    model = fresh(given)
+    with pytest.raises(KilledError):
+        fit(model, Mortal(stripes, given, model.spec, 8), given, checkpoints=store)
+    assert store.positions()[-1] == (1, 16)  # the second epoch has taken 3 of 5 steps of 8
+    with pytest.raises(KilledError):
+        fit(model, Mortal(stripes, given, model.spec, 2), given, checkpoints=store)
+    fit(model, Mortal(stripes, given, model.spec, 1), given, checkpoints=store)  # one step is left, and no more
+    assert store.positions()[-1] == (2, 0)
 
-    first = fresh(given)
-    loader = Loader(stripes, first.spec, given.loading, augment=given.augment, seed=given.seed)
-    with pytest.raises(Stopped):
-        fit(first, loader, given, checkpoints=tmp_path, observe=stop_after_two)
-    resumed, rest = trained(stripes, given, checkpoints=tmp_path)
-    assert [epoch.number for epoch in rest] == [3]
-    assert same(whole, resumed)
-    quick = {"train/loss", "lr", "val/top1", "val/loss"}
-    assert {name: rest[0].metrics[name] for name in quick} == {name: epochs[2].metrics[name] for name in quick}
+
+def test_checkpoints_inside_an_epoch_come_also_by_the_clock(
+    stripes: shards.Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LOOK_EVERY", 2)
+    store, model = Store(str(tmp_path), Config(every_s=1e-9)), fresh(recipe())
+    with pytest.raises(KilledError):
+        fit(model, Mortal(stripes, recipe(), model.spec, 3), recipe(), checkpoints=store)
+    assert store.positions() == [(0, 16)]
+    patient = Store(str(tmp_path / "patient"), Config(every_s=1e9))
+    with pytest.raises(KilledError):
+        fit(model, Mortal(stripes, recipe(), model.spec, 3), recipe(), checkpoints=patient)
+    assert patient.positions() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "was begun with dataset_digest 0{16}, seed 0, .* now it is .* seed 1"),
+        ({"model": {"name": "lenet1", "num_classes": 2}}, "the stored model does not fit the recipe"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(
+    stripes: shards.Shards, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    store = Store(str(tmp_path))
+    trained(stripes, recipe(epochs=1), checkpoints=store)
+    with pytest.raises(ConfigError, match=said) as error:
+        trained(stripes, recipe(epochs=2, **change), checkpoints=store)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_one_others(stripes: shards.Shards) -> None:
@@ -109,8 +208,8 @@ def test_the_same_seed_trains_the_same_weights_and_another_one_others(stripes: s
 
 def test_a_finished_run_is_not_trained_again(stripes: shards.Shards, tmp_path: Path) -> None:
     given = recipe(epochs=2)
-    model, _ = trained(stripes, given, checkpoints=tmp_path)
-    again, epochs = trained(stripes, given, checkpoints=tmp_path)
+    model, _ = trained(stripes, given, checkpoints=Store(str(tmp_path)))
+    again, epochs = trained(stripes, given, checkpoints=Store(str(tmp_path)))
     assert epochs == []
     assert same(model, again)
 
@@ -118,6 +217,7 @@ def test_a_finished_run_is_not_trained_again(stripes: shards.Shards, tmp_path: P
 def test_keep_best_ends_with_the_weights_of_the_best_epoch(stripes: shards.Shards, tmp_path: Path) -> None:
     seen: list[tuple[float, dict[str, Tensor]]] = []
     given = recipe(epochs=6, optim={"lr": 0.05, "schedule": "constant"}, keep_best=True)
+    store = Store(str(tmp_path), Config(every_steps=2))
     model = fresh(given)
     loader = Loader(stripes, model.spec, given.loading, augment=given.augment, seed=given.seed)
 
@@ -125,20 +225,33 @@ def test_keep_best_ends_with_the_weights_of_the_best_epoch(stripes: shards.Shard
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         seen.append((epoch.metrics["val/top1"], weights))
 
-    fit(model, loader, given, observe=note, checkpoints=tmp_path)
+    fit(model, loader, given, observe=note, checkpoints=store)
     best = max(range(6), key=lambda index: (seen[index][0], -index))  # of equal ones the first
     assert best < 5, "the test needs a run that does not get better to the end"
     assert all(torch.equal(value, seen[best][1][name]) for name, value in model.state_dict().items())
     assert any(not torch.equal(value, seen[-1][1][name]) for name, value in model.state_dict().items())
+    assert {(best + 1, 0), (6, 0)} <= set(store.positions())
+    assert len(store.positions()) <= 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(
     stripes: shards.Shards, tmp_path: Path
 ) -> None:
-    trained(stripes, recipe(epochs=1), checkpoints=tmp_path)
-    with pytest.raises(ModelError, match=r"the training loss became nan in epoch 2; take a smaller optim\.lr"):
-        trained(stripes, recipe(epochs=2, optim={"lr": 1e30}), checkpoints=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001.pt"]
+    store = Store(str(tmp_path))
+    trained(stripes, recipe(epochs=1), checkpoints=store)
+    with pytest.raises(DivergedError, match=r"the training loss became nan in epoch 2, .*; take a smaller optim\.lr"):
+        trained(stripes, recipe(epochs=2, optim={"lr": 1e30}), checkpoints=store)
+    assert store.positions() == [(1, 0)]
+
+
+def test_a_loss_that_is_not_finite_is_noticed_inside_the_epoch(
+    stripes: shards.Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LOOK_EVERY", 3)
+    given = recipe(optim={"lr": 1e30})
+    model = fresh(given)
+    with pytest.raises(DivergedError, match="in epoch 1, within its first 24 images"):
+        fit(model, Mortal(stripes, given, model.spec, 4), given)  # a fifth batch would kill it
 
 
 class Recorder(torch.nn.Module):
@@ -150,6 +263,22 @@ class Recorder(torch.nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logits[: len(images)]
+
+
+class Steep(Recorder):
+    """Its loss is finite, its gradient is not."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).sqrt()
+
+
+def test_no_checkpoint_holds_weights_that_are_not_finite(stripes: shards.Shards, tmp_path: Path) -> None:
+    store, given = Store(str(tmp_path), Config(every_steps=1)), recipe()
+    model = Classifier(fresh(given).spec, Steep())
+    loader = Loader(stripes, model.spec, given.loading)
+    with pytest.raises(DivergedError, match="the weights became nan or infinite in epoch 1, within its first 8 images"):
+        fit(model, loader, given, checkpoints=store)
+    assert store.positions() == []
 
 
 def one_step(source: shards.Shards, **keys: Any) -> tuple[Tensor, float]:
@@ -192,13 +321,11 @@ def test_bf16_trains_in_fp32_weights(stripes: shards.Shards) -> None:
     assert math.isfinite(epochs[0].metrics["train/loss"])
 
 
-def test_checkpoints_are_those_of_the_newest_epochs(stripes: shards.Shards, tmp_path: Path) -> None:
-    model, _ = trained(stripes, recipe(epochs=3), checkpoints=tmp_path)
-    newest = checkpoint.latest(tmp_path)
-    assert newest is not None
-    stored = checkpoint.load(newest, "cpu")
-    assert stored["epoch"] == 3
+def test_checkpoint_after_the_run_holds_its_weights(stripes: shards.Shards, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    model, _ = trained(stripes, recipe(epochs=3), checkpoints=store)
+    stored = store.load(Position(3), "cpu")
     loaded = fresh(recipe())
-    loaded.load_state_dict(stored["model"])
+    loaded.load_state_dict(stored.parts["model"])
     assert same(loaded, model)
     assert torch.isfinite(loaded(Batch(torch.zeros(1, 3, 28, 28, dtype=torch.uint8)))).all()
