@@ -30,9 +30,16 @@ SWITCHES = {
 }
 """How MLflow behaves inside `patience`. It reads these from the environment at each call, and from nowhere else."""
 
+PASSING = {401, 403, 408, 429}
+"""Refusals that are not about what was asked: another password, another host name or another time may help."""
+
 _lock = threading.Lock()
 _depth = 0
 _added: list[str] = []
+
+
+class RefusedError(TrackingError):
+    """The server answers, and will refuse this very request however often it is made."""
 
 
 @contextmanager
@@ -63,13 +70,16 @@ def answers(uri: str) -> Iterator[MlflowClient]:
     """A client of the server at `uri`; what goes wrong inside is raised as one clear sentence.
 
     Raises:
-        TrackingError: the server did not answer, or refused.
+        RefusedError: the server refused.
+        TrackingError: it did not answer, failed, or refused for another reason than what was asked.
     """
     with patience():
         try:
             yield MlflowClient(tracking_uri=uri, registry_uri=uri)
         except (MlflowException, requests.RequestException) as error:
-            raise TrackingError(_sentence(uri, error)) from None
+            code = _status_code(error)
+            kind = RefusedError if 400 <= code < 500 and code not in PASSING else TrackingError
+            raise kind(_sentence(uri, error)) from None
 
 
 def check(uri: str) -> None:
@@ -92,6 +102,13 @@ def check(uri: str) -> None:
             f"{uri}: expected an MLflow server, but GET /health answered {answer.status_code} "
             f"{answer.text.strip()[:40]!r}; check the address and the port"
         )
+
+
+def _status_code(error: MlflowException | requests.RequestException) -> int:
+    """The HTTP status behind an error, 500 where there is none."""
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    return 500 if error.response is None else error.response.status_code
 
 
 def _sentence(uri: str, error: Exception) -> str:
