@@ -96,7 +96,10 @@ def table(figures: Figures) -> str:
     lines = [
         f"an entry of {NUM_METRICS} metrics takes {figures.append_us:.1f} us, a step {figures.step_ms:.2f} ms; "
         f"the ratio of step times may be {LIMIT}",
-        *(f"{name:16} {found.median:.3f} ({found.least:.3f}..{found.most:.3f})" for name, found in figures.ratios.items()),
+        *(
+            f"{name:16} {found.median:.3f} ({found.least:.3f}..{found.most:.3f})"
+            for name, found in figures.ratios.items()
+        ),
         f"importing MLflow in a thread: {figures.import_s:.1f} s, steps {figures.import_ratio:.1f} times as long, "
         f"the longest {figures.longest_step_ms:.0f} ms",
         f"load average {figures.load[0]:.2f} before, {figures.load[1]:.2f} after",
@@ -140,7 +143,13 @@ def _loop() -> Callable[[], None]:
     """A step of training a small net on 32 pictures of 32 x 32 pixels."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
     )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from mlflow.exceptions import MlflowException, RestException
 from pipeline.errors import TrackingError
 
 HEALTH_TIMEOUT_S = 5.0
+WAIT_PAUSE_S = 1.0
 
 # MLflow's own policy (7 retries of 120 s, also after HTTP 500) stalls the caller for minutes when a server has died.
 # Waiting must still outlast SQLite under several writers, where one call was seen to take 11 s.
@@ -102,6 +104,24 @@ def check(uri: str) -> None:
             f"{uri}: expected an MLflow server, but GET /health answered {answer.status_code} "
             f"{answer.text.strip()[:40]!r}; check the address and the port"
         )
+
+
+def wait(uri: str, timeout_s: float) -> None:
+    """Wait until an MLflow server answers at `uri`, asking again and again for `timeout_s`.
+
+    Raises:
+        TrackingError: it has not answered by then.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            check(uri)
+        except TrackingError:
+            if time.monotonic() + WAIT_PAUSE_S > deadline:
+                raise
+            time.sleep(WAIT_PAUSE_S)
+        else:
+            return
 
 
 def _status_code(error: MlflowException | requests.RequestException) -> int:

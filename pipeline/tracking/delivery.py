@@ -61,24 +61,11 @@ class Destination:
             for at in range(0, len(some), most):
                 self._send(some[at : at + most], act, refuse)
 
-    def _send(self, atoms: list[Any], act: _Act, refuse: Refuse) -> None:
-        """Make a call; of a refused one each half, until it is known what is to blame."""
-        try:
-            with connection.answers(self.uri) as client:
-                act(client, self, atoms)
-        except RefusedError as error:
-            self._check()
-            if len(atoms) == 1:
-                refuse(_name(atoms[0]), error)
-                return
-            for half in (atoms[: len(atoms) // 2], atoms[len(atoms) // 2 :]):
-                self._send(half, act, refuse)
-
-    def _check(self) -> None:
-        """Make sure that it is not the run that is refused.
+    def check(self) -> None:
+        """Make sure that the server answers and has this run.
 
         Raises:
-            TrackingError: it is.
+            TrackingError: it does not, or the run was deleted.
         """
         try:
             with connection.answers(self.uri) as client:
@@ -87,6 +74,19 @@ class Destination:
             raise TrackingError(str(error)) from None
         if stage != "active":
             raise TrackingError(f"{self.uri}: the run {self.run_id} was deleted; restore it there")
+
+    def _send(self, atoms: list[Any], act: _Act, refuse: Refuse) -> None:
+        """Make a call; of a refused one each half, until it is known what is to blame."""
+        try:
+            with connection.answers(self.uri) as client:
+                act(client, self, atoms)
+        except RefusedError as error:
+            self.check()  # if it is the run that is refused, nothing is wrong with what was sent
+            if len(atoms) == 1:
+                refuse(_name(atoms[0]), error)
+                return
+            for half in (atoms[: len(atoms) // 2], atoms[len(atoms) // 2 :]):
+                self._send(half, act, refuse)
 
     def _model_id(self, client: MlflowClient, checkpoint: str, step: int) -> str:
         if checkpoint not in self._models:

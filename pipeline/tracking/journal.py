@@ -12,9 +12,10 @@ one: they append entries here, which costs microseconds, and the process that dr
     shipped.json            how far each file has been shipped
     artifacts/              texts and figures that wait for their upload
 
-Each line is the CRC-32 of an entry and the entry as JSON. Appending is one `write`: as soon as it returns, SIGKILL of the
-writer does no harm. A torn last line is no line; a damaged one is left out. The disk is waited for only in `sync`, which
-belongs before a checkpoint is committed: what lies before it will not be said again, what comes after it will.
+It needs a file system that workers and driver share and that can append, so not a bucket, wherever checkpoints go.
+Each line is the CRC-32 of an entry and the entry as JSON. Appending is one `write`: once it has returned, SIGKILL of
+the writer does no harm. A torn last line is no line; a damaged one is left out. The disk is waited for only in `sync`,
+which belongs before a checkpoint is committed: what lies before it will not be said again, what comes after it will.
 """
 
 from __future__ import annotations
@@ -194,7 +195,9 @@ class Writer:
     def close(self) -> None:
         """Release the file; what is appended later is lost."""
         self.sync()
-        os.close(self._file)
+        with self._lock:
+            os.close(self._file)
+            self._file = -1  # its number will soon be another file's
 
     def _write(self, lines: bytes) -> None:
         self._unwritten += lines

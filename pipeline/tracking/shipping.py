@@ -58,7 +58,11 @@ class Shipper:
         self._closing.set()
         self._thread.join(timeout_s)
         self._given_up.set()  # a thread that hangs in a call is left behind; it ends with that or with the process
-        return journal.num_unshipped(self._folder)
+        try:
+            return journal.num_unshipped(self._folder)
+        except OSError as error:
+            log.warning("%s: the run's journal is gone: %s", self._folder, error.strerror)
+            return 0
 
     def _run(self) -> None:
         while not self._given_up.is_set():
@@ -121,13 +125,15 @@ def replay(folder: Path, uri: str, timeout_s: float) -> int:
         uri: of the server, perhaps at another address than it had.
 
     Raises:
-        TrackingError: there is no journal, its job still runs, or no server answers.
+        TrackingError: there is no journal, its job still runs, or no server answers that has the run.
     """
     found = journal.origin(folder / journal.FOLDER)
     if found is None:
         raise TrackingError(f"{folder}: holds no journal of a run; name the folder of a run that was tracked")
+    to = Destination(uri, found.run_id, found.experiment_id, folder)
     connection.check(uri)
-    shipper = Shipper(Destination(uri, found.run_id, found.experiment_id, folder))
+    to.check()
+    shipper = Shipper(to)
     if not journal.has_ended(folder / journal.FOLDER):
         writer = journal.Writer(folder / journal.FOLDER, "replay")
         writer.append(journal.Status(time.time_ns() // 1_000_000, "KILLED"))

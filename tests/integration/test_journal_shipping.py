@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from mlflow import MlflowClient
 
 from jobs import _stack, replay
 from jobs._process import Service, stop
+from pipeline.benchmark import tracking as cost
 from pipeline.errors import TrackingError
-from pipeline.tracking import journal, runs, shipping, system
+from pipeline.tracking import connection, journal, runs, shipping, system
 from pipeline.tracking.delivery import Destination
 
 CONFIG = runs.Config(experiment="journals")
@@ -94,8 +97,24 @@ def train_and_die(folder: Path, first: int, end: int) -> None:
     assert subprocess.run(command, check=False, timeout=BOUND_S).returncode == -signal.SIGKILL
 
 
+def fail_in_outage(server: Server, folder: Path, meanwhile: Callable[[], None]) -> str:
+    """A job during which the server is killed, and which then fails itself."""
+    opened = runs.start(server.uri, CONFIG, params={"lr": "0.1", "resume": "false"}, tags={}, folder=folder)
+    with suppress(ZeroDivisionError), opened as run:
+        server.kill()
+        meanwhile()
+        began = time.monotonic()
+        for step in range(1000):
+            run.log_metrics({"loss": float(step)}, step)
+            run.set_tags({"at": str(step)})
+        assert time.monotonic() - began < 2  # one call to a dead server takes longer
+        run.log_text("notes.txt", "kept\n")
+        run.log_metrics({"never": 1 / 0}, 0)
+    return run.id
+
+
 def test_outage_in_mid_run_costs_no_time_and_no_figure(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker killed before the outage, one in it; a run that ends, one that is resumed and one that dies in it."""
     long, ended, died = (tmp_path / "runs" / name for name in ("long", "ended", "died"))
@@ -105,19 +124,9 @@ def test_outage_in_mid_run_costs_no_time_and_no_figure(
         wait_until(lambda: all_shipped(long), "shipped while the server was there")
         assert server.points(run.id, "loss") == [(step, 1 / (step + 1)) for step in range(40)]
         with runs.start(server.uri, CONFIG, params={}, tags={}, folder=ended) as second:
-            with pytest.raises(ValueError, match="first"), runs.start(
-                server.uri, CONFIG, params={"lr": "0.1", "resume": "false"}, tags={}, folder=died
-            ) as third:
-                server.kill()
-                train_and_die(long, 30, 70)  # from the last checkpoint: ten steps come again
-                began = time.monotonic()
-                for step in range(1000):
-                    third.log_metrics({"loss": float(step)}, step)
-                    third.set_tags({"at": str(step)})
-                assert time.monotonic() - began < 2  # a call to a dead server takes longer than all of them
-                third.log_text("notes.txt", "kept\n")
-                raise ValueError("first")
+            third_id = fail_in_outage(server, died, meanwhile=lambda: train_and_die(long, 30, 70))  # ten steps again
             second.log_metrics({"final/val/top1": 0.9}, step=9)
+            monkeypatch.setattr(runs, "DRAIN_S", 1.0)
         lines = [record.getMessage() for record in caplog.records]
         assert sum(line.startswith(f"{died}: ") and "jobs.replay run=died" in line for line in lines) == 1
         assert journal.num_unshipped(died / journal.FOLDER) >= 2003
@@ -125,16 +134,23 @@ def test_outage_in_mid_run_costs_no_time_and_no_figure(
             server.uri, CONFIG, params={"lr": "0.1", "resume": "true"}, tags={}, folder=died, resume_id=runs.known(died)
         )
         with resumed as again:  # while the server is still away
-            assert again.id == third.id
+            assert again.id == third_id
             for step in range(990, 1100):
                 again.log_metrics({"loss": float(step)}, step)
-        server.revive()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(connection.wait, server.uri, BOUND_S)
+            server.revive()
+            waiting.result()
+        monkeypatch.setattr(runs, "DRAIN_S", BOUND_S)
         wait_until(lambda: all_shipped(long), "shipped by its own job after the outage")
         train_and_die(long, 70, 80)
     for run_id, key, num in ((run.id, "loss", 80), (run.id, "lr", 80)):
         assert [step for step, _ in server.points(run_id, key)] == list(range(num))
     assert server.client.get_run(run.id).info.status == "FINISHED"
-    assert sum("tracking waits" in record.getMessage() and str(long) in record.getMessage() for record in caplog.records) == 1
+    assert (
+        sum("tracking waits" in record.getMessage() and str(long) in record.getMessage() for record in caplog.records)
+        == 1
+    )
 
     ended_ms = next(
         entry.ms
@@ -143,6 +159,7 @@ def test_outage_in_mid_run_costs_no_time_and_no_figure(
         if isinstance(entry, journal.Status)
     )
     assert server.client.get_run(second.id).info.status == "RUNNING"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     for _ in range(2):  # a second time changes nothing
         assert replay.main([f"storage={tmp_path}", "run=ended"]) == 0
     kept = server.client.get_run(second.id)
@@ -150,12 +167,16 @@ def test_outage_in_mid_run_costs_no_time_and_no_figure(
     assert server.points(second.id, "final/val/top1") == [(9, 0.9)]
 
     assert shipping.replay(died, server.uri, BOUND_S) == 0
-    kept = server.client.get_run(third.id)
+    kept = server.client.get_run(third_id)
     assert kept.info.status == "FINISHED"
     assert kept.data.tags["at"] == "999"
-    assert (kept.data.tags["error"], kept.data.tags["resumed.resume"], kept.data.params["resume"]) == ("", "true", "false")
-    assert server.points(third.id, "loss") == [(step, float(step)) for step in range(1100)]
-    assert Path(server.client.download_artifacts(third.id, "notes.txt", str(tmp_path))).read_text() == "kept\n"
+    assert (kept.data.tags["error"], kept.data.tags["resumed.resume"], kept.data.params["resume"]) == (
+        "",
+        "true",
+        "false",
+    )
+    assert server.points(third_id, "loss") == [(step, float(step)) for step in range(1100)]
+    assert Path(server.client.download_artifacts(third_id, "notes.txt", str(tmp_path))).read_text() == "kept\n"
 
 
 def test_shipping_everything_again_stores_nothing_twice(server: Server, tmp_path: Path) -> None:
@@ -277,6 +298,8 @@ def test_start_in_a_folder_of_another_run_or_job_is_refused(server: Server, tmp_
         runs.start(server.uri, CONFIG, params={}, tags={}, folder=tmp_path, resume_id="e" * 32),
     ):
         pass
+    with pytest.raises(TrackingError, match="not found"):
+        shipping.replay(tmp_path, server.uri, BOUND_S)
 
 
 def test_shipper_of_a_hanging_server_closes_in_time_and_keeps_all(tmp_path: Path) -> None:
@@ -292,10 +315,10 @@ def test_shipper_of_a_hanging_server_closes_in_time_and_keeps_all(tmp_path: Path
 
 
 def test_system_metrics_of_a_node_reach_its_run(server: Server, tmp_path: Path) -> None:
-    with runs.start(server.uri, CONFIG, params={}, tags={}, folder=tmp_path) as run:
-        with system.watched(tmp_path, "node-1", every_s=1.1):
-            path = next(path for path in journal.segments(tmp_path / "journal") if "system-node-1" in path.name)
-            wait_until(lambda: len(list(journal.entries(path))) >= 2, "two samples")
+    opened = runs.start(server.uri, CONFIG, params={}, tags={}, folder=tmp_path)
+    with opened as run, system.watched(tmp_path, "node-1", every_s=1.1):
+        path = next(path for path in journal.segments(tmp_path / "journal") if "system-node-1" in path.name)
+        wait_until(lambda: len(list(journal.entries(path))) >= 2, "two samples")
     found = server.client.get_run(run.id).data.metrics
     assert 0 <= found["system/node-1/cpu_utilization_percentage"] <= 100
     assert 0 < found["system/node-1/disk_usage_percentage"] <= 100
@@ -304,3 +327,20 @@ def test_system_metrics_of_a_node_reach_its_run(server: Server, tmp_path: Path) 
     steps = [step for step, _ in server.points(run.id, "system/node-1/disk_usage_percentage")]
     assert len(steps) >= 2
     assert steps[0] < 60  # seconds since the run began
+
+
+def test_wait_for_a_server_that_does_not_come_gives_up_in_time() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match="no MLflow server answers there"):
+            connection.wait(f"http://127.0.0.1:{closed.getsockname()[1]}", timeout_s=2)
+    assert 0.5 < time.monotonic() - began < 10
+
+
+def test_cost_of_tracking_is_measured_for_every_way() -> None:
+    figures = cost.measure(rounds=1, steps=5)
+    assert set(figures.ratios) == {"journal", "driver, dead", "driver, hanging", "thread, dead"}
+    assert 0 < figures.append_us < 1000
+    assert figures.import_ratio > 0
+    assert f"takes {figures.append_us:.1f} us" in cost.table(figures)
