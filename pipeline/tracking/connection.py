@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from mlflow.exceptions import MlflowException, RestException
 from pipeline.errors import TrackingError
 
 HEALTH_TIMEOUT_S = 5.0
+WAIT_PAUSE_S = 1.0
 
 # MLflow's own policy (7 retries of 120 s, also after HTTP 500) stalls the caller for minutes when a server has died.
 # Waiting must still outlast SQLite under several writers, where one call was seen to take 11 s.
@@ -30,9 +32,16 @@ SWITCHES = {
 }
 """How MLflow behaves inside `patience`. It reads these from the environment at each call, and from nowhere else."""
 
+PASSING = {401, 403, 408, 429}
+"""Refusals that are not about what was asked: another password, another host name or another time may help."""
+
 _lock = threading.Lock()
 _depth = 0
 _added: list[str] = []
+
+
+class RefusedError(TrackingError):
+    """The server answers, and will refuse this very request however often it is made."""
 
 
 @contextmanager
@@ -63,13 +72,16 @@ def answers(uri: str) -> Iterator[MlflowClient]:
     """A client of the server at `uri`; what goes wrong inside is raised as one clear sentence.
 
     Raises:
-        TrackingError: the server did not answer, or refused.
+        RefusedError: the server refused.
+        TrackingError: it did not answer, failed, or refused for another reason than what was asked.
     """
     with patience():
         try:
             yield MlflowClient(tracking_uri=uri, registry_uri=uri)
         except (MlflowException, requests.RequestException) as error:
-            raise TrackingError(_sentence(uri, error)) from None
+            code = _status_code(error)
+            kind = RefusedError if 400 <= code < 500 and code not in PASSING else TrackingError
+            raise kind(_sentence(uri, error)) from None
 
 
 def check(uri: str) -> None:
@@ -92,6 +104,31 @@ def check(uri: str) -> None:
             f"{uri}: expected an MLflow server, but GET /health answered {answer.status_code} "
             f"{answer.text.strip()[:40]!r}; check the address and the port"
         )
+
+
+def wait(uri: str, timeout_s: float) -> None:
+    """Wait until an MLflow server answers at `uri`, asking again and again for `timeout_s`.
+
+    Raises:
+        TrackingError: it has not answered by then.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            check(uri)
+        except TrackingError:
+            if time.monotonic() + WAIT_PAUSE_S > deadline:
+                raise
+            time.sleep(WAIT_PAUSE_S)
+        else:
+            return
+
+
+def _status_code(error: MlflowException | requests.RequestException) -> int:
+    """The HTTP status behind an error, 500 where there is none."""
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    return 500 if error.response is None else error.response.status_code
 
 
 def _sentence(uri: str, error: Exception) -> str:

@@ -35,7 +35,8 @@ from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.tracking import connection
-from pipeline.tracking.runs import DIGEST_CHARS, Run
+from pipeline.tracking.delivery import DIGEST_CHARS
+from pipeline.tracking.runs import Run
 
 CHAMPION = "champion"
 DIGEST_TAG = "bundle_sha256"
