@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from pipeline.data import shards
-from pipeline.types import Split
+from pipeline.types import Split, UInt8Array
 
 
 def images(source: shards.Shards, split: Split, ids: Iterable[str]) -> dict[str, bytes]:
@@ -30,3 +30,10 @@ def images(source: shards.Shards, split: Split, ids: Iterable[str]) -> dict[str,
             for row in (row for row in rows if starts[group] <= row < starts[group + 1]):
                 found[here[row]] = table.column("image")[row - int(starts[group])].as_py()
     return found
+
+
+def visible(image: UInt8Array) -> UInt8Array:
+    """Any number of bands as RGB [H, W, 3]: the first three as colours, fewer as grey."""
+    if image.shape[2] >= 3:
+        return np.ascontiguousarray(image[:, :, :3])
+    return image[:, :, :1].repeat(3, axis=2)

@@ -48,4 +48,4 @@ def _tile(predictions: Predictions, row: int, found: dict[str, bytes], decoding:
         image = imaging.decode(found[image_id], decoding, min_short=_DETAIL_PX)
     except (KeyError, ImageError) as error:
         return Tile(None, caption, message=f"{image_id}: {error}")
-    return Tile(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, :1].repeat(3, axis=2), caption)
+    return Tile(lookup.visible(image), caption)

@@ -132,7 +132,9 @@ def test_error_sheet_shows_the_pictures_and_none_without_errors(answers: Predict
     assert png
     pixels = imaging.decode(png)
     assert pixels.shape[1] == 3 * 70 + 6  # three tiles in a row
-    right = Predictions.of(answers.origin, list(answers.ids), answers.labels, np.eye(2, dtype=np.float32)[answers.labels])
+    right = Predictions.of(
+        answers.origin, list(answers.ids), answers.labels, np.eye(2, dtype=np.float32)[answers.labels]
+    )
     assert error_sheet(right, stripes) is None
 
 
