@@ -1,4 +1,4 @@
-"""Precision against recall, and confidence against accuracy, of stored predictions. NumPy only; nothing is drawn here."""
+"""Precision against recall, and confidence against accuracy, of stored predictions. NumPy only, nothing is drawn."""
 
 from __future__ import annotations
 

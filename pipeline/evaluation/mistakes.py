@@ -1,4 +1,4 @@
-"""The most confident errors as one sheet of pictures: the quickest way to see wrong labels, odd images and a blind spot.
+"""The most confident errors as one sheet of pictures: a quick way to see wrong labels, odd images and a blind spot.
 
 Every picture says what it is and what the model took it for, with both scores.
 """

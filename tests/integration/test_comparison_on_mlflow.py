@@ -194,8 +194,8 @@ def test_promote_job_is_refused_with_figures_and_forced_with_a_word(
     words = [f"model={MODEL}", "version=3", "gate.min_improvement=0.2"]
     assert promote.main(words) == ModelError.exit_code
     assert re.search(
-        r"error: zoo-net/3 does not become champion: top-1 on val is 98.46 % against 84.62 % of zoo-net/1, 13.85 points "
-        r"better where at least 20.00 points is asked, and p = \S+( 0.001)? where less than 0.05 is asked",
+        r"error: zoo-net/3 does not become champion: top-1 on val is 98.46 % against 84.62 % of zoo-net/1, 13.85 "
+        r"points better where at least 20.00 points is asked, and p = \S+( 0.001)? where less than 0.05 is asked",
         capsys.readouterr().err,
     )
     assert registry.resolve(zoo.uri, f"{MODEL}@champion").version == "1"

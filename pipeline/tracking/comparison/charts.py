@@ -71,19 +71,19 @@ def dots(rows: Sequence[Row], label: str, width: int = 860) -> str:
     return _svg(width, height, parts)
 
 
-def curves(series: Sequence[Series], title: str, width: int = 420, height: int = 250) -> str:
+def curves(series: Sequence[Series], title: str, width: int = 280, height: int = 200) -> str:
     """Every run as a thin line, the mean of each group over the steps that all its runs have as a thick one."""
     points = [point for one in series for curve in one.curves for point in curve if math.isfinite(point[1])]
     if not points:
         return ""
     steps, values = zip(*points, strict=True)
-    across = _Scale(min(steps), max(max(steps), min(steps) + 1), 48, width - 12)
+    across = _Scale(min(steps), max(*steps, min(steps) + 1), 48, width - 12)
     up = _Scale(*_margins(min(values), max(values)), height - 34, 30)
     parts = [_text(48, 16, title, weight="600")]
     for tick in ticks(up.low, up.high, 5):
         parts.append(_line(48, up(tick), width - 12, up(tick), RULE))
         parts.append(_text(42, up(tick) + 4, _number(tick), anchor="end", fill=FAINT, size=11))
-    for tick in ticks(across.low, across.high, 6):
+    for tick in ticks(across.low, across.high, 5):
         if tick == round(tick):
             parts.append(_text(across(tick), height - 16, _number(tick), anchor="middle", fill=FAINT, size=11))
     for place, one in enumerate(series):
@@ -97,7 +97,7 @@ def bars(rows: Sequence[Bar], label: str, width: int = 860) -> str:
     """Differences to both sides of zero: what was gained to the right, what was lost to the left."""
     if not rows:
         return ""
-    largest = max(max(abs(row.value) for row in rows), 1e-9)
+    largest = max(*(abs(row.value) for row in rows), 1e-9)
     left, height = _label_width([row.name for row in rows]), 22 * len(rows) + 34
     scale = _Scale(-largest * 1.02, largest * 1.02, left, width - 190)
     parts = _vertical_axis(scale, height - 28, label, (left + width - 190) / 2)

@@ -156,7 +156,7 @@ def _of_reference(uri: str, reference: str, split: Split) -> list[Trial]:
 
 
 def _of_model(uri: str, reference: str, split: Split) -> Trial:
-    """The run that trained a version if it was evaluated too (it knows parameters and curves), else the newest other."""
+    """The run that trained a version, if it was evaluated too (it knows parameters and curves); else the newest."""
     version = registry.resolve(uri, reference)
     trials = of_version(uri, version, split)
     tag, metric = predictions.weights_tag(split), f"final/{split}/top1"

@@ -1,12 +1,14 @@
-"""Runs that differ in nothing but their seed are one group: its mean says what a recipe gives, its spread how surely."""
+"""Runs that differ in nothing but their seed are one group: its mean says what a recipe gives, its spread how far to
+trust one run of it.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +141,8 @@ def _names(members: Sequence[Sequence[Trial]]) -> list[str]:
 def _common(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
-    start = os.path.commonprefix(list(names))
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    start = "".join(letters[0] for letters in same)
     return start if start in names else re.sub(r"([\W_]+(seed|s)?|seed)?[\W_]*$", "", start.rstrip("0123456789"))
 
 

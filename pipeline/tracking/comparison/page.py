@@ -34,7 +34,8 @@ tr + tr { border-top: 1px solid #f1f3f5; } td.n, th.n { text-align: right; font-
 code { font-size: 12.5px; overflow-wrap: anywhere; } .dot { display: inline-block; width: 10px; height: 10px;
 border-radius: 5px; margin-right: 7px; } .side { display: flex; flex-wrap: wrap; gap: 10px; }
 figure { margin: 0; width: 128px; } figure img { width: 112px; height: 112px; object-fit: contain; background: #f1f3f5;
-border-radius: 6px; image-rendering: auto; } figcaption { font-size: 11.5px; line-height: 1.35; overflow-wrap: anywhere; }
+border-radius: 6px; }
+figure figcaption { font-size: 11.5px; line-height: 1.35; overflow-wrap: anywhere; }
 .good { color: #2b8a3e; } .bad { color: #c92a2a; }
 """
 
@@ -86,9 +87,10 @@ def _answer(verdict: Verdict, notes: Sequence[str]) -> str:
     facts = f"{data}split {first.split}, data {first.digest[:12] or 'unknown'}; decided by {NAMES[verdict.metric]}."
     if not verdict.comparable:
         kind, facts = "refused", "The runs were evaluated on different data: see the list of runs."
+    sentence = escape(verdict.sentence()).replace(" %", "&nbsp;%")
     lines = "".join(f'<p class="small">{escape(note)}</p>' for note in notes)
     return (
-        f'<section class="answer {kind}"><h1>{escape(verdict.sentence())}</h1>'
+        f'<section class="answer {kind}"><h1>{sentence}</h1>'
         f'<p class="small">{escape(facts)}</p>{lines}</section>\n'
     )
 
@@ -117,7 +119,7 @@ def _tests(verdict: Verdict) -> str:
                 '<b class="good">real</b>' if each.holds(verdict.alpha) else "not shown",
             ]
         )
-    head = ["", "behind by", "95 % interval", "p McNemar", "p bootstrap", "p seeds", "p, all", "the difference is"]
+    head = ["", "behind by", "95 % interval", "p McNemar", "p bootstrap", "p seeds", "p, all", "difference"]
     explained = (
         f"Each group against {verdict.leader.name}. Over images: McNemar's exact test between the typical runs, and the "
         "bootstrap of paired images over all seeds, which gives the interval too. Over seeds: Welch's t test, where "
@@ -210,10 +212,11 @@ def _gallery(title: str, kind: str, rows: Sequence[int], total: int, wrong: Tria
     classes, shown = said.origin.classes, []
     for row in rows:
         image_id = str(said.ids[row])
-        picture = f'<img src="{pair.pictures[image_id]}" alt="">' if image_id in pair.pictures else ""
+        known = image_id in pair.pictures
+        picture = f'<img src="{pair.pictures[image_id]}" alt="">' if known else f"<code>{escape(image_id)}</code>"
         caption = (
             f"{escape(classes[said.labels[row]])}, taken for {escape(classes[said.predicted[row]])} "
-            f"{said.confidence[row]:.2f}<br><code>{escape(image_id)}</code>"
+            f"{said.confidence[row]:.2f}"
         )
         shown.append(f'<figure title="{escape(image_id)}">{picture}<figcaption>{caption}</figcaption></figure>')
     part = f", the first {len(rows)} by the score of the error" if len(rows) < total else ""

@@ -35,8 +35,8 @@ class Interval:
 def mcnemar(first: BoolArray, second: BoolArray) -> float:
     """The two-sided p-value of "both are right equally often", from the images on which they disagree.
 
-    Under it each of those is a fair coin, so the p-value is an exact binomial one (McNemar 1947; Dietterich, "Approximate
-    Statistical Tests for Comparing Supervised Classification Learning Algorithms", 1998, section 3.1).
+    Under it each of those is a fair coin, so the p-value is an exact binomial one (McNemar 1947; Dietterich,
+    "Approximate Statistical Tests for Comparing Supervised Classification Learning Algorithms", 1998, section 3.1).
 
     Args:
         first: whether the first model is right, bool [N].
@@ -52,9 +52,8 @@ def bootstrap(
 ) -> Interval:
     """The mean of paired differences, its percentile interval and its two-sided p-value over resampled images.
 
-    The p-value is twice the share of resampled means on the far side of 0, the draws counted with one more on each side,
-    so never below 2 / (num_draws + 1) (Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, sections 13.3
-    and 15.4).
+    The p-value is twice the share of resampled means on the far side of 0, with one more draw counted there, so never
+    below 2 / (num_draws + 1) (Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, sections 13.3 and 15.4).
 
     Args:
         differences: of each image, [N]: for one run each -1, 0 or 1, else the difference of the shares of seeds that
