@@ -1,4 +1,4 @@
-"""Move an alias, such as champion, to a version of a registered model."""
+"""Move an alias, such as champion, to a version of a registered model; with gate keys only if that one is better."""
 
 from __future__ import annotations
 
@@ -6,26 +6,40 @@ import sys
 from collections.abc import Sequence
 
 from jobs._run import Job, run, tracking_uri
+from pipeline.tracking import gate as gates
 from pipeline.tracking import registry
+from pipeline.tracking.gate import Gate
 
 
 class Promote(Job):
-    """Which version an alias means from now on."""
+    """Which version an alias means from now on.
+
+    Attributes:
+        gate: what the version must prove against the present holder of the alias; None asks nothing.
+        force: promote it although the gate does not hold; its tag says so.
+    """
 
     model: str
     version: int
     alias: str = registry.CHAMPION
+    gate: Gate | None = None
+    force: bool = False
 
 
 def promote(job: Promote) -> None:
-    """Do it, and say what the alias means now."""
+    """Do it, and say what the alias means now, and why."""
     with tracking_uri(job.store) as uri:
-        version = registry.promote(uri, job.model, str(job.version), job.alias)
+        if job.gate is None and not job.force:
+            version, reason = registry.promote(uri, job.model, str(job.version), job.alias), ""
+        else:
+            version, reason = gates.promote(uri, job.model, str(job.version), job.alias, gate=job.gate, force=job.force)
     print(f"{version.name}@{job.alias} is version {version.version}")
+    if reason:
+        print(f"reason   {reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line: python -m jobs.promote model=digits version=2."""
+    """Run from the command line: python -m jobs.promote model=digits version=2 [gate.min_improvement=0.005 ...]."""
     return run(Promote, promote, argv)
 
 

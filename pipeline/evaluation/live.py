@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,10 @@ import torch.distributed as dist
 from pipeline.batch import Batch
 from pipeline.evaluation.classify import Counts
 from pipeline.models._contract import Classifier
+from pipeline.types import Float32Array
+
+Watch = Callable[[Batch, Float32Array], None]
+"""Is shown every batch and its scores, float32 [B, num_classes]."""
 
 
 def evaluate(
@@ -18,8 +22,12 @@ def evaluate(
     num_classes: int,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    watch: Watch | None = None,
 ) -> Counts:
-    """Count how `model`, left in evaluation mode, does on the labelled batches of this rank."""
+    """Count how `model`, left in evaluation mode, does on the labelled batches of this rank.
+
+    `watch` is shown every batch with its scores; nothing else of single images is kept.
+    """
     model.eval()
     counts = Counts.empty(num_classes)
     with torch.inference_mode():
@@ -31,6 +39,8 @@ def evaluate(
                 loss = torch.stack(list(model.loss(outputs, moved.targets).values())).sum()
             scores = model.scores(outputs).cpu().numpy()
             counts += Counts.of(scores, moved.targets.cpu().numpy(), float(loss) * len(batch))
+            if watch is not None:
+                watch(batch, scores)
     return counts
 
 

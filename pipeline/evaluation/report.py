@@ -1,19 +1,25 @@
-"""What an evaluation found, with where it came from: a JSON file and its figures."""
+"""What an evaluation found, with where it came from: a JSON file, its figures, and the evidence image by image."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib.figure
 import numpy as np
+from matplotlib.figure import Figure
+from pydantic import ConfigDict, Field
 
 from pipeline.config import Strict
+from pipeline.evaluation import figures
 from pipeline.evaluation.classify import Counts
+from pipeline.evaluation.curves import all_precision_recall, mean_average_precision, reliability
+from pipeline.tracking.predictions import Predictions, file_name, weights_tag
 from pipeline.types import Split
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of it
     from pipeline.tracking.runs import Run
+
+FIGURES = "figures"
 
 
 class PerClass(Strict):
@@ -29,7 +35,7 @@ class Report(Strict):
     """Metrics of one model on one split.
 
     Attributes:
-        metrics: figures by name (`top1`, `top5`, `mean_recall`, `loss`).
+        metrics: figures by name (`top1`, `top5`, `mean_recall`, `loss`, `ece`, `mean_ap`).
         confusion: [C][C] images, true class by row, predicted class by column.
         provenance: which weights, which data, which code.
     """
@@ -44,7 +50,7 @@ class Report(Strict):
     @classmethod
     def of(cls, counts: Counts, split: Split, classes: tuple[str, ...], provenance: dict[str, str]) -> Report:
         """Conclude from counts."""
-        return cls(
+        return Report(
             split=split,
             num_images=counts.num_images,
             metrics=counts.metrics(),
@@ -78,34 +84,62 @@ class Report(Strict):
         run.log_file(path)
         run.log_metrics({f"final/{self.split}/{name}": value for name, value in self.metrics.items()}, step=0)
         for name, figure in self.figures().items():
-            run.log_figure(f"figures/{self.split}-{name}", figure)
+            run.log_figure(f"{FIGURES}/{self.split}-{name}", figure)
 
-    def figures(self) -> dict[str, matplotlib.figure.Figure]:
+    def figures(self) -> dict[str, Figure]:
         """The confusion matrix and the recall per class, by file name."""
-        return {"confusion.png": self._draw_confusion(), "recall.png": self._draw_recall()}
+        title = f"{self.split}: top-1 {self.metrics['top1']:.4f}"
+        recall = {entry.class_name: entry.recall for entry in self.per_class()}
+        return {
+            "confusion.png": figures.confusion_matrix(np.array(self.confusion), self.classes, title),
+            "recall.png": figures.weakest_classes(recall, f"{self.split}: weakest classes"),
+        }
 
-    def _draw_confusion(self) -> matplotlib.figure.Figure:
-        confusion = np.array(self.confusion)
-        shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-        figure = matplotlib.figure.Figure(figsize=(7, 6), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, label="share of the true class")
-        axes.set(xlabel="predicted", ylabel="true", title=f"{self.split}: top-1 {self.metrics['top1']:.4f}")
-        if len(self.classes) <= 30:
-            axes.set_xticks(range(len(self.classes)), self.classes, rotation=90)
-            axes.set_yticks(range(len(self.classes)), self.classes)
-        if len(self.classes) <= 12:
-            for (row, column), count in np.ndenumerate(confusion):
-                shade = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=shade)
-        return figure
 
-    def _draw_recall(self) -> matplotlib.figure.Figure:
-        ranked = sorted(self.per_class(), key=lambda entry: entry.recall)[:40]
-        figure = matplotlib.figure.Figure(figsize=(7, 1 + 0.25 * len(ranked)), layout="constrained")
-        axes = figure.subplots()
-        axes.barh(range(len(ranked)), [entry.recall for entry in ranked])
-        axes.set_yticks(range(len(ranked)), [entry.class_name for entry in ranked])
-        axes.set(xlabel="recall", xlim=(0, 1), title=f"{self.split}: weakest classes")
-        return figure
+class Evaluation(Report):
+    """A report with its evidence at hand: as JSON the same as without.
+
+    Attributes:
+        predictions: what was said of every image.
+        filters: the figure of the model's first filters, where it has some.
+        errors: PNG of the most confident errors, where there are any.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    predictions: Predictions = Field(exclude=True, repr=False)
+    filters: Figure | None = Field(default=None, exclude=True, repr=False)
+    errors: bytes | None = Field(default=None, exclude=True, repr=False)
+
+    def record(self, run: Run, path: Path) -> None:
+        """Also write `predictions-<split>.parquet` and `errors-<split>.png` beside the report, and log both.
+
+        The run is tagged with the weights that were evaluated, so that a comparison finds it by them.
+        """
+        super().record(run, path)
+        table = path.with_name(file_name(self.split))
+        self.predictions.write(table)
+        run.log_file(table)
+        if self.errors is not None:
+            picture = path.with_name(f"errors-{self.split}.png")
+            picture.write_bytes(self.errors)
+            run.log_file(picture, FIGURES)
+        run.set_tags({weights_tag(self.split): self.predictions.origin.weights_sha256})
+
+    def figures(self) -> dict[str, Figure]:
+        """Also precision against recall, calibration, and the first filters."""
+        found = super().figures()
+        partly = "" if self.predictions.ranks_all else f", from the {self.predictions.ranked.shape[1]} best classes"
+        curves = all_precision_recall(self.predictions)
+        found["precision-recall.png"] = figures.precision_recall(curves, self.classes, self.split + partly)
+        reliable = reliability(self.predictions.confidence, self.predictions.right())
+        found["calibration.png"] = figures.calibration(reliable, self.split)
+        return found if self.filters is None else found | {"filters.png": self.filters}
+
+
+def evidence_metrics(predictions: Predictions) -> dict[str, float]:
+    """Calibration error and, where every class has its score, the mean of average precision over classes."""
+    found = {"ece": reliability(predictions.confidence, predictions.right()).ece}
+    if predictions.ranks_all:
+        found["mean_ap"] = mean_average_precision(all_precision_recall(predictions))
+    return found

@@ -40,6 +40,8 @@ from pipeline.tracking.runs import Run
 
 CHAMPION = "champion"
 DIGEST_TAG = "bundle_sha256"
+REASON_TAG = "promotion"
+"""With `.<alias>` behind it, the tag of a version that says when and why it was given that alias."""
 MODEL_CODE = Path(__file__).with_name("pyfunc.py")
 LIBRARY = Path(__file__).resolve().parents[1]
 ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__", "README.md")
@@ -71,6 +73,7 @@ class Version:
         source: where MLflow keeps it, for people.
         digest: sha256 over the bundle's files, as registered.
         aliases: those that pointed to it when it was asked for, sorted.
+        weights_sha256: checksum of its weights, which evaluations name; "" where it was not registered by this project.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Version:
     source: str
     digest: str
     aliases: tuple[str, ...] = ()
+    weights_sha256: str = ""
 
 
 def publish(run: Run, made: Bundle, name: str) -> Version:
@@ -112,8 +116,10 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
         )
 
 
-def promote(uri: str, name: str, version: str, alias: str = CHAMPION) -> Version:
+def promote(uri: str, name: str, version: str, alias: str = CHAMPION, reason: str | None = None) -> Version:
     """Point an alias of `name` to a version; whoever resolves it from now on gets that one.
+
+    A reason, if given, is written to the version's tag `promotion.<alias>` first, so that no alias moves without it.
 
     Raises:
         ConfigError: the alias could be mistaken for a version.
@@ -126,8 +132,27 @@ def promote(uri: str, name: str, version: str, alias: str = CHAMPION) -> Version
         )
     found = resolve(uri, f"{name}/{version}")
     with connection.answers(uri) as client:
+        if reason is not None:
+            client.set_model_version_tag(name, found.version, f"{REASON_TAG}.{alias}", reason)
         client.set_registered_model_alias(name, alias, found.version)
     return resolve(uri, f"{name}/{version}")
+
+
+def holder(uri: str, name: str, alias: str) -> Version | None:
+    """The version that an alias points to now, None where it points to none.
+
+    Raises:
+        TrackingError: there is no such model, or the server does not answer.
+    """
+    connection.check(uri)
+    with connection.answers(uri) as client:
+        try:
+            held = client.get_registered_model(name).aliases.get(alias)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise TrackingError(f"{uri}: {_missing(client, name, alias, None)}") from None
+    return None if held is None else resolve(uri, f"{name}/{held}")
 
 
 def resolve(uri: str, reference: str) -> Version:
@@ -250,7 +275,15 @@ def _create_model(client: MlflowClient, name: str) -> None:
 def _version(found: Any) -> Version:
     tags: Mapping[str, str] = found.tags
     aliases = tuple(sorted(found.aliases))
-    return Version(found.name, str(found.version), found.run_id or "", found.source, tags.get(DIGEST_TAG, ""), aliases)
+    return Version(
+        name=found.name,
+        version=str(found.version),
+        run_id=found.run_id or "",
+        source=found.source,
+        digest=tags.get(DIGEST_TAG, ""),
+        aliases=aliases,
+        weights_sha256=tags.get("weights_sha256", ""),
+    )
 
 
 def _missing(client: MlflowClient, name: str, alias: str | None, version: str | None) -> str:

@@ -161,11 +161,19 @@ def test_evaluation_of_103_images_is_exact_on_any_number_of_tasks(made: shards.S
     alone = Loader(made, network.spec, Loading(batch_size=16, reader="local"))
     expected = count(network, alone.evaluate("val"), 2)
     assert expected.num_images == NUM_VAL
-    for num_tasks in (1, 2, 3):
-        report = evaluate(model, made, "val", batch_size=16, num_tasks=num_tasks)
+    reports = [evaluate(model, made, "val", batch_size=4, num_tasks=num_tasks) for num_tasks in (1, 2, 3)]
+    for report in reports:
         assert report.num_images == NUM_VAL
         assert np.array_equal(report.confusion, expected.confusion)
-        assert report.metrics == pytest.approx(expected.metrics(), abs=1e-6)
+        assert {name: report.metrics[name] for name in expected.metrics()} == pytest.approx(
+            expected.metrics(), abs=1e-6
+        )
+        assert report.predictions.table().equals(reports[0].predictions.table(), check_metadata=True)
+    said = reports[0].predictions
+    assert list(said.ids) == sorted(said.ids)
+    assert said.right().mean() == pytest.approx(expected.metrics()["top1"])
+    assert reports[0].filters is not None
+    assert (reports[0].errors is None) == bool(said.right().all())
     assert Counts.empty(2).num_images == 0
 
 
