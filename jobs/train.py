@@ -38,7 +38,7 @@ def train(job: Train) -> None:
 def _conduct(job: Train) -> experiment.Outcome:
     shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
     with tracking_uri(job.store) as uri, ray_session(job.store, job.training.num_cpus()):
-        return experiment.conduct(job.name, job.training, storage=job.store, uri=uri)
+        return experiment.conduct(job.name, job.training, storage=job.store, uri=uri, roots=(job.data_folder,))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from pipeline.evaluation.classify import Counts
 from pipeline.models._contract import Classifier
 from pipeline.types import Float32Array
 
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Watch = Callable[[Batch, Float32Array], None]
 """Is shown every batch and its scores, float32 [B, num_classes]."""
 
@@ -21,7 +24,7 @@ def evaluate(
     batches: Iterable[Batch],
     num_classes: int,
     device: torch.device | str = "cpu",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     watch: Watch | None = None,
 ) -> Counts:
     """Count how `model`, left in evaluation mode, does on the labelled batches of this rank.
@@ -54,6 +57,6 @@ def all_reduce(counts: Counts) -> Counts:
     return Counts.from_vector(vector.cpu().numpy())
 
 
-def autocast(precision: str, device: torch.device | str) -> torch.autocast:
-    """Run matrix products and convolutions in bfloat16 where `precision` is `bf16`."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
+    """The context of a forward pass and its loss: matrix products and convolutions in 16 bits, but for `fp32`."""
+    return torch.autocast(torch.device(device).type, dtype=DTYPES[precision], enabled=precision != "fp32")

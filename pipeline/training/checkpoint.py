@@ -181,7 +181,9 @@ class Store:
             marker = _Marker.model_validate_json(storage.read(self._marker(position)), strict=True)
             contents = {name: _verified(here, name, file) for name, file in marker.files.items()}
         except FileNotFoundError as error:
-            raise _NotWholeError(f"{storage.reason(error)}: its writing was interrupted, or files were deleted") from None
+            raise _NotWholeError(
+                f"{storage.reason(error)}: its writing was interrupted, or files were deleted"
+            ) from None
         except ValidationError:
             raise _NotWholeError(f"{MARKER} is not readable") from None
         except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.evaluation.report import Report
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.tracking import registry, runs
-from pipeline.training import checkpoint, launch
+from pipeline.training import checkpoint, launch, start
 from pipeline.training.loop import Recipe
 from pipeline.training.record import Record
 from pipeline.types import Split
@@ -90,8 +90,11 @@ def finished(name: str, config: Config, folder: Path) -> Outcome | None:
     return Outcome(bundle.load(folder / "bundle"), reports, record.run_url, record.version)
 
 
-def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
+def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequence[Path] = ()) -> Outcome:
     """Do the whole run on an initialised Ray, against the MLflow server at `uri`.
+
+    Args:
+        roots: folders that initial weights may lie in, beside `storage`.
 
     Raises:
         VentralError: whatever went wrong; the MLflow run has ended as FAILED or KILLED.
@@ -114,6 +117,7 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
         run.log_text("config.yaml", dump(config))
         for split in ("train", *config.evaluate):
             run.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), split)
+        _prepare(config.recipe, source, folder, (*roots, storage), uri)
         with _timed(seconds, "train"):
             made = launch.train(
                 folder,
@@ -130,6 +134,19 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str) -> Outcome:
             version = _register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
     return Outcome(made, reports, run.url, version, seconds)
+
+
+def _prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence[Path], uri: str) -> None:
+    """Put the weights that training starts from where every worker finds them; a resumed run has them."""
+    if recipe.start is None or (folder / start.INITIAL).exists():
+        return
+
+    def registered(reference: str) -> Bundle:
+        return registry.fetch(uri, registry.resolve(uri, reference), roots[-1] / "bundles")
+
+    weights = start.find(recipe.start, roots, registered)
+    model, classes = launch.fitted(recipe.model, source), source.manifest.classes
+    start.prepare(folder / start.INITIAL, model, weights, recipe.start, recipe.seed, classes)
 
 
 def _evaluate(made: Bundle, source: shards.Shards, split: Split, folder: Path, run: runs.Run) -> Report:

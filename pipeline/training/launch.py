@@ -11,14 +11,13 @@ import ray.train.torch
 from pydantic import Field, model_validator
 
 from pipeline.config import Strict, parse
-from pipeline.data import shards
+from pipeline.data import loading, shards
 from pipeline.errors import ConfigError, ModelError, VentralError, own_cause
 from pipeline.inference.bundle import Bundle, load
 from pipeline.models._contract import ClassifierConfig
 from pipeline.training import checkpoint
 from pipeline.training.loop import Recipe
 from pipeline.training.worker import Assignment, work
-
 
 RECORD = "run.json"
 
@@ -86,6 +85,7 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
     )
+    loading.warm_up(recipe.loading, cluster.num_workers)  # while the workers start
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:

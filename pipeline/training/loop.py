@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,14 +30,14 @@ from pipeline.data.loading import Loader
 from pipeline.data.transforms import classify, mixing
 from pipeline.data.transforms.classify import Augment
 from pipeline.data.transforms.mixing import Mixing
-from pipeline.evaluation.live import all_reduce, autocast, evaluate
+from pipeline.evaluation.live import Precision, all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
-from pipeline.training import ranks
+from pipeline.training import ema, optim, precision, ranks, start, step, stopping
 from pipeline.training.checkpoint import Position, Store
+from pipeline.training.ema import Ema
 from pipeline.training.guard import Guard
-from pipeline.training.optim import Config as Optim
-from pipeline.training.optim import build_optimizer, learning_rate
-from pipeline.training.state import State, begin, resume
+from pipeline.training.state import State, Stateful, begin, resume
+from pipeline.training.targets import ClassWeights, class_weights, weigh
 
 
 class Recipe(Strict):
@@ -45,21 +45,36 @@ class Recipe(Strict):
 
     Attributes:
         mixing: what is mixed within a batch, on the device.
-        precision: `bf16` runs the network under autocast to bfloat16, `fp32` does not.
+        start: the weights that training starts from, and which of them stay; None: initialised anew.
+        ema: average the weights over the steps; it is the average that is measured and kept.
+        watch: the metric that tells the best epoch, stops a run early and lowers the rate on a plateau.
         label_smoothing: share of each target spread evenly over all classes (Szegedy et al. 2016, section 7).
+        class_weights: how much the images of each class count; `balanced`: all classes alike.
+        accumulate: parts in which a batch is trained, for batches that do not fit into memory; gradients add up to
+            those of the whole, only batch normalisation sees the parts.
+        precision: of the network under training; `bf16` and `fp16` run it under autocast.
         channels_last: keep images as [B, H, W, C] in memory, which convolutions of many channels like better.
-        keep_best: end with the weights of the epoch of best validation top-1, not with the last ones.
+        sync_batch_norm: on GPUs, normalise over the images of all workers.
+        compile: let torch compile the network when it is first called.
+        keep_best: end with the weights of the best epoch, not with the last ones.
     """
 
     model: models.AnyModel
     loading: Loading = Loading()
     augment: Augment = Augment()
     mixing: Mixing = Mixing()
-    optim: Optim = Optim()
+    start: start.Config | None = None
+    optim: optim.Config = optim.Config()
+    ema: ema.Config | None = None
+    watch: stopping.Config = stopping.Config()
     epochs: int = Field(default=10, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    class_weights: ClassWeights = "none"
+    accumulate: int = Field(default=1, ge=1)
+    precision: Precision = "fp32"
     channels_last: bool = False
+    sync_batch_norm: bool = False
+    compile: bool = False
     keep_best: bool = False
     seed: int = Field(default=0, ge=0)
 
@@ -102,106 +117,176 @@ def fit(
         DataError: a checkpoint cannot be written or read.
         DivergedError: the loss or a weight is not finite; no checkpoint holds such weights.
     """
+    stopping.mode_of(recipe.watch)
     classify.check(recipe.augment, model.spec)
     mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
-    model.to(device)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
-    state = begin({"model": model, "optimizer": build_optimizer(model, recipe.optim)}, loader, device)
-    if checkpoints is not None:
-        resume(state, checkpoints, device)
-    best = _best_weights(state, recipe, checkpoints, device)
-    _protect_best(state, recipe)
-    guard = Guard(state, checkpoints, loader.global_batch_size)
-    net = _distributed(model, loader, recipe, device) if ranks.world_size() > 1 else model
-    while state.epoch < recipe.epochs:
-        _train_epoch(net, model, loader, recipe, state, guard)
-        metrics, seconds = _measure(model, loader, recipe, state, guard), state.tally.seconds
+    precision.check(recipe.precision, device)
+    model = precision.arrange(
+        model.to(device), channels_last=recipe.channels_last, sync_batch_norm=recipe.sync_batch_norm
+    )
+    run = _Run(model, loader, recipe, device, checkpoints)
+    state, guard = run.state, Guard(run.state, checkpoints, loader.global_batch_size)
+    while state.epoch < recipe.epochs and not stopping.should_stop(recipe.watch, run.watched):
+        run.train_epoch(guard)
+        metrics, seconds = run.measure(guard), state.tally.seconds
         state.finish_epoch(metrics)
-        _protect_best(state, recipe)
-        if recipe.keep_best and _best_epoch(state) == state.epoch:
-            best = {name: value.clone() for name, value in model.state_dict().items()}
+        run.note_best()
         observe(Epoch(state.epoch, recipe.epochs, metrics, seconds))
         guard.save()
-    model.eval()
-    if best:
-        model.load_state_dict(best)
-    return dict(state.history[(_best_epoch(state) if recipe.keep_best else state.epoch) - 1])
+    return run.finish()
 
 
-def _train_epoch(net: nn.Module, model: Classifier, loader: Loader, recipe: Recipe, state: State, guard: Guard) -> None:
-    """From where the state is to the end of its epoch. `net` is `model`, possibly wrapped for distributed training."""
-    net.train()
-    optimizer, tally = cast(torch.optim.Optimizer, state.parts["optimizer"]), state.tally
-    num_classes, covariance = len(loader.source.manifest.classes), _covariance(loader)
-    batches = iter(loader.train(state.epoch, state.offset))
-    for _ in range(_steps_left(loader, state)):
-        asked = time.monotonic()
-        batch = next(batches).to(tally.loss.device)
-        tally.waited_s += time.monotonic() - asked
-        _seed_step(recipe.seed, state)
-        batch = mixing.mix(batch, recipe.mixing, num_classes, torch.default_generator, covariance)
-        tally.lr = _set_learning_rate(optimizer, recipe, state, loader)
-        tally.loss += _step(net, model, batch, recipe, optimizer) * len(batch)
-        state.offset += loader.global_batch_size
-        guard.after_step()
-        tally.seconds += time.monotonic() - asked
+class _Run:
+    """One training on this rank: what it trains, what is measured of it, and where it stands."""
 
+    def __init__(
+        self, model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str, checkpoints: Store | None
+    ) -> None:
+        self.model, self.loader, self.recipe = model, loader, recipe
+        self.optim = optim.scaled(recipe.optim, loader.global_batch_size)
+        self.optimizer = optim.build_optimizer(model, self.optim)
+        self.scaler = precision.grad_scaler(recipe.precision, device)
+        self.average = None if recipe.ema is None else Ema(model, recipe.ema)
+        manifest = loader.source.manifest
+        self.num_rows, self.num_classes = manifest.num_rows("train"), len(manifest.classes)
+        weights = class_weights(recipe.class_weights, manifest.class_counts["train"])
+        self.class_weights = None if weights is None else weights.to(device)
+        self.state = begin(self._parts(), loader, device)
+        if checkpoints is not None:
+            resume(self.state, checkpoints, device)
+        self.best = self._stored_best(checkpoints, device)
+        self._protect_best()
+        if recipe.compile:
+            precision.compile_network(model)
+        self.net = self._distributed(device) if ranks.world_size() > 1 else model
 
-def _measure(model: Classifier, loader: Loader, recipe: Recipe, state: State, guard: Guard) -> dict[str, float]:
-    """The metrics of an epoch that is trained to its end."""
-    waited_from = time.monotonic()
-    losses, tally = guard.losses(), state.tally
-    tally.seconds += time.monotonic() - waited_from  # for steps that the device had not done yet
-    guard.check_weights()
-    _share_buffers(model)
-    device, num_classes = tally.loss.device, len(loader.source.manifest.classes)
-    counts = all_reduce(evaluate(model, loader.evaluate("val"), num_classes, device, recipe.precision))
-    return {
-        "train/loss": sum(losses) / state.offset,
-        "lr": tally.lr,
-        "images_per_s": state.offset / tally.seconds,
-        "data_wait_share": tally.waited_s / tally.seconds,
-        **{f"val/{name}": value for name, value in counts.metrics().items()},
-    }
+    @property
+    def measured(self) -> Classifier:
+        """The weights that count: the average, where there is one."""
+        return self.model if self.average is None else self.average.model
 
+    @property
+    def watched(self) -> list[float]:
+        """The watched metric of every finished epoch."""
+        return [stopping.watched(self.recipe.watch, metrics) for metrics in self.state.history]
 
-def _step(net: nn.Module, model: Classifier, batch: Batch, recipe: Recipe, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One step on one batch; returns the loss, detached."""
-    loss = _loss(net, model, batch, recipe)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    if recipe.optim.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
-    optimizer.step()
-    return loss.detach()
+    def train_epoch(self, guard: Guard) -> None:
+        """From where the state is to the end of its epoch."""
+        self.net.train()
+        start.hold_norms(self.model)
+        state, tally, covariance = self.state, self.state.tally, _covariance(self.loader)
+        batches = iter(self.loader.train(state.epoch, state.offset))
+        for _ in range(_steps_left(self.loader, state)):
+            asked = time.monotonic()
+            batch = next(batches).to(tally.loss.device)
+            tally.waited_s += time.monotonic() - asked
+            _seed_step(self.recipe.seed, state)
+            batch = mixing.mix(batch, self.recipe.mixing, self.num_classes, torch.default_generator, covariance)
+            tally.lr = self._set_learning_rate()
+            tally.loss += self._step(batch) * len(batch)
+            state.offset += self.loader.global_batch_size
+            guard.after_step()
+            tally.seconds += time.monotonic() - asked
 
+    def measure(self, guard: Guard) -> dict[str, float]:
+        """The metrics of an epoch that is trained to its end."""
+        waited_from = time.monotonic()
+        losses, tally, state = guard.losses(), self.state.tally, self.state
+        tally.seconds += time.monotonic() - waited_from  # for steps that the device had not done yet
+        guard.check_weights()
+        _share_buffers(self.model)
+        if self.average is not None:
+            _share_buffers(self.average.model)
+        batches = self.loader.evaluate("val")
+        counts = evaluate(self.measured, batches, self.num_classes, tally.loss.device, self.recipe.precision)
+        return {
+            "train/loss": sum(losses) / state.offset,
+            "lr": tally.lr,
+            "images_per_s": state.offset / tally.seconds,
+            "data_wait_share": tally.waited_s / tally.seconds,
+            **{f"val/{name}": value for name, value in all_reduce(counts).metrics().items()},
+        }
 
-def _loss(net: nn.Module, model: Classifier, batch: Batch, recipe: Recipe) -> Tensor:
-    """The mean loss over a batch, with its graph."""
-    assert batch.targets is not None
-    with autocast(recipe.precision, batch.images.device):
-        outputs = net(batch)
-        losses = model.loss(outputs, _smooth(batch.targets, outputs.shape[1], recipe.label_smoothing))
-        return torch.stack(list(losses.values())).sum()
+    def note_best(self) -> None:
+        """Keep the weights of the last epoch, if it is the best one and the best are wanted."""
+        self._protect_best()
+        if self.recipe.keep_best and stopping.is_best(self.recipe.watch, self.watched):
+            self.best = {name: value.clone() for name, value in self.measured.state_dict().items()}
 
+    def finish(self) -> dict[str, float]:
+        """Leave the model with the weights that count, in evaluation mode, and return their metrics."""
+        self.model.eval()
+        self.model.load_state_dict(self.best or self.measured.state_dict())
+        at = stopping.best_epoch(self.recipe.watch, self.watched) if self.recipe.keep_best else -1
+        return dict(self.state.history[at])
 
-def _distributed(model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str) -> nn.Module:
-    """The model wrapped so that gradients are averaged over ranks, the same way in every step.
+    def _parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds."""
+        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer}
+        if self.average is not None:
+            parts["ema"] = self.average
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        return parts
 
-    After its first step DistributedDataParallel regroups the gradients by the order in which they came, and the last
-    bits of a sum over three or more ranks depend on the groups. So the first step is one whose gradients nobody uses:
-    otherwise the first one after a resume would differ from the same step of an uninterrupted run.
-    """
-    net = DistributedDataParallel(model).train()
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    images = torch.zeros(loader.config.batch_size, model.spec.num_channels, *model.spec.size_hw, dtype=torch.uint8)
-    batch = Batch(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
-    torch.autograd.backward(_loss(net, model, batch, recipe))
-    model.zero_grad(set_to_none=True)
-    for buffer, value in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(value)
-    return net
+    def _protect_best(self) -> None:
+        if self.recipe.keep_best and self.state.history:
+            self.state.protected = {self._best_position}
+
+    @property
+    def _best_position(self) -> Position:
+        return Position(1 + stopping.best_epoch(self.recipe.watch, self.watched))
+
+    def _stored_best(self, checkpoints: Store | None, device: torch.device | str) -> dict[str, Tensor]:
+        """Those of the best epoch so far, where they are kept and a run goes on; else nothing."""
+        if not self.recipe.keep_best or checkpoints is None or not self.state.history:
+            return {}
+        parts = checkpoints.load(self._best_position, device).parts
+        weights: dict[str, Tensor] = parts["model"] if self.average is None else parts["ema"]["model"]
+        return weights
+
+    def _set_learning_rate(self) -> float:
+        """Let the learning rate follow the position, which is counted in images, on however many workers."""
+        drops = stopping.num_drops(self.recipe.watch, self.watched) if self.optim.schedule == "plateau" else 0
+        done = self.state.epoch * self.num_rows + self.state.offset
+        lr = optim.learning_rate(self.optim, done, self.num_rows, self.recipe.epochs, drops)
+        optim.set_learning_rate(self.optimizer, lr)
+        return lr
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One step on one batch; returns the loss, detached."""
+        parts = step.split(batch, self.recipe.accumulate)
+        loss = step.backward(self.net, parts, partial(self._loss, self.net), self.scaler)
+        step.update(self.optimizer, self.model.parameters(), self.scaler, self.recipe.optim.clip_norm)
+        if self.average is not None:
+            self.average.update(self.model)
+        return loss
+
+    def _loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss over a batch, with its graph."""
+        assert batch.targets is not None
+        with autocast(self.recipe.precision, batch.images.device):
+            outputs = net(batch)
+            targets = _smooth(batch.targets, outputs.shape[1], self.recipe.label_smoothing)
+            losses = self.model.loss(outputs, weigh(targets, self.class_weights))
+            return torch.stack(list(losses.values())).sum()
+
+    def _distributed(self, device: torch.device | str) -> nn.Module:
+        """The model wrapped so that gradients are averaged over ranks, the same way in every step.
+
+        After its first step DistributedDataParallel regroups the gradients by the order in which they came, and the
+        last bits of a sum over three or more ranks depend on the groups. So the first step is one whose gradients
+        nobody uses: otherwise the first one after a resume would differ from the same step of an uninterrupted run.
+        """
+        net, spec = DistributedDataParallel(self.model).train(), self.model.spec
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        images = torch.zeros(self.loader.config.batch_size, spec.num_channels, *spec.size_hw, dtype=torch.uint8)
+        batch = Batch(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
+        torch.autograd.backward(self._loss(net, batch))
+        self.model.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        return net
 
 
 def _smooth(targets: Tensor, num_classes: int, share: float) -> Tensor:
@@ -218,42 +303,11 @@ def _covariance(loader: Loader) -> mixing.Covariance | None:
     return None if pixels is None else pixels.covariance
 
 
-def _best_epoch(state: State) -> int:
-    """The epoch, from 1, of best validation top-1, of equal ones the first."""
-    values = [metrics["val/top1"] for metrics in state.history]
-    return 1 + max(range(len(values)), key=lambda index: (values[index], -index))
-
-
-def _protect_best(state: State, recipe: Recipe) -> None:
-    if recipe.keep_best and state.history:
-        state.protected = {Position(_best_epoch(state))}
-
-
-def _best_weights(
-    state: State, recipe: Recipe, checkpoints: Store | None, device: torch.device | str
-) -> dict[str, Tensor]:
-    """Those of the best epoch so far, where they are kept and a run goes on; else nothing."""
-    if not recipe.keep_best or checkpoints is None or not state.history:
-        return {}
-    weights: dict[str, Tensor] = checkpoints.load(Position(_best_epoch(state)), device).parts["model"]
-    return weights
-
-
 def _steps_left(loader: Loader, state: State) -> int:
     """Steps of the epoch that are ahead of us; all of them, where it begins, and at least one."""
     if state.offset == 0:
         return loader.steps_per_epoch
     return (loader.source.manifest.num_rows("train") - state.offset) // loader.global_batch_size
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, state: State, loader: Loader) -> float:
-    """Let the learning rate follow the position, in steps of as many workers as there are now."""
-    steps = loader.steps_per_epoch
-    step = state.epoch * steps + state.offset // loader.global_batch_size
-    lr = learning_rate(recipe.optim, step, steps, recipe.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def _seed_step(seed: int, state: State) -> None:

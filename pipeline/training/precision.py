@@ -1,28 +1,22 @@
 """Number formats, memory layout, compilation and synchronised statistics: how a model is made ready to be trained.
 
-`fp32` computes as the weights are stored. `bf16` and `fp16` run convolutions and matrix products under autocast in 16
-bits, with weights and sums in 32. fp16 has too small a range for gradients: its loss is scaled up, and a step whose
-gradients overflow is left out (Micikevicius et al. 2018, section 3.2).
+`fp32` computes as the weights are stored. `bf16` and `fp16` run convolutions and matrix products in 16 bits, with
+weights and sums in 32 (`pipeline.evaluation.live.autocast`). fp16 has too small a range for gradients: its loss is
+scaled up, and a step whose gradients overflow is left out (Micikevicius et al. 2018, section 3.2).
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.evaluation.live import Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
-    """The context that a forward pass and its loss run in."""
-    return torch.autocast(torch.device(device).type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def grad_scaler(precision: Precision, device: torch.device | str) -> torch.amp.GradScaler:

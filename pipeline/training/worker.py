@@ -17,7 +17,7 @@ from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.inference import bundle
 from pipeline.models._contract import ClassifierConfig
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, start
 from pipeline.training.guard import DivergedError
 from pipeline.training.loop import Epoch, Recipe, fit
 
@@ -62,6 +62,9 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
     device = ray.train.torch.get_device()
     torch.manual_seed(recipe.seed)  # the same initial weights everywhere
     model = models.build(assignment.model)
+    if recipe.start is not None:
+        start.restore(model, assignment.folder / start.INITIAL)
+        start.freeze(model, recipe.start.freeze)
     loader = Loader(
         source,
         model.spec,

@@ -66,11 +66,15 @@ def train_rank(rank: int, world_size: int, source: str, folder: str, name: str, 
     torch.manual_seed(0)
     model = models.build(recipe.model)
     ranks = {"rank": rank, "world_size": world_size}
-    loader = Listed(
-        shards.load(Path(source)), model.spec, recipe.loading, augment=recipe.augment, last=kills, **ranks
-    )
+    loader = Listed(shards.load(Path(source)), model.spec, recipe.loading, augment=recipe.augment, last=kills, **ranks)
     told: list[Epoch] = []
-    fit(model, loader, recipe, checkpoints=Store(f"{folder}/{changes['run']}", Config(every_steps=2)), observe=told.append)
+    fit(
+        model,
+        loader,
+        recipe,
+        checkpoints=Store(f"{folder}/{changes['run']}", Config(every_steps=2)),
+        observe=told.append,
+    )
     torch.save(model.state_dict(), f"{folder}/{name}-{rank}.pt")
     found = {"seen": loader.seen, "metrics": {epoch.number: epoch.metrics for epoch in told}}
     Path(f"{folder}/{name}-{rank}.json").write_text(json.dumps(found))

@@ -12,8 +12,9 @@ from torch import nn
 
 from pipeline import models
 from pipeline.config import parse
+from pipeline.evaluation.live import Precision, autocast
 from pipeline.models._contract import Classifier
-from pipeline.training.precision import Precision, arrange, autocast, compile_network, grad_scaler
+from pipeline.training.precision import arrange, compile_network, grad_scaler
 
 
 def lenet() -> Classifier:

@@ -89,10 +89,7 @@ def _answer(verdict: Verdict, notes: Sequence[str]) -> str:
         kind, facts = "refused", "The runs were evaluated on different data: see the list of runs."
     sentence = escape(verdict.sentence()).replace(" %", "&nbsp;%")
     lines = "".join(f'<p class="small">{escape(note)}</p>' for note in notes)
-    return (
-        f'<section class="answer {kind}"><h1>{sentence}</h1>'
-        f'<p class="small">{escape(facts)}</p>{lines}</section>\n'
-    )
+    return f'<section class="answer {kind}"><h1>{sentence}</h1><p class="small">{escape(facts)}</p>{lines}</section>\n'
 
 
 def _values(verdict: Verdict) -> str:
