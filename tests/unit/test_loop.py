@@ -108,10 +108,14 @@ EVERYTHING_RANDOM = {
     "augment": {"crop": "none", "flip": True},
     "mixing": {"mixup": 0.2, "cutmix": 1.0},
     "optim": {"lr": 0.01, "warmup_epochs": 1, "clip_norm": 1.0},
+    "ema": {"decay": 0.9},
+    "accumulate": 2,
+    "class_weights": "balanced",
+    "label_smoothing": 0.1,
     "keep_best": True,
     "epochs": 2,
 }
-"""Dropout, mixing, sampling, running statistics, momentum, a schedule: 5 steps an epoch."""
+"""Dropout, mixing, sampling, running statistics, momentum, averages, a schedule: 5 steps an epoch."""
 EXACT = ("train/loss", "lr", "val/top1", "val/top5", "val/loss", "val/mean_recall")
 
 
@@ -319,6 +323,64 @@ def test_bf16_trains_in_fp32_weights(stripes: shards.Shards) -> None:
     exact, _ = trained(stripes, recipe(epochs=1))
     assert not same(model, exact)
     assert math.isfinite(epochs[0].metrics["train/loss"])
+
+
+def test_fp16_goes_on_with_the_scale_of_its_loss(stripes: shards.Shards, tmp_path: Path) -> None:
+    given, store = recipe(epochs=1, precision="fp16"), Store(str(tmp_path), Config(every_steps=1))
+    whole, _ = trained(stripes, given)
+    model = fresh(given)
+    with pytest.raises(KilledError):
+        fit(model, Mortal(stripes, given, model.spec, 3), given, checkpoints=store)
+    newest = store.newest("cpu")
+    assert newest is not None
+    assert newest.parts["scaler"]["scale"] > 1
+    again, _ = trained(stripes, given, checkpoints=store)
+    assert same(whole, again)
+
+
+def test_a_run_whose_watched_metric_stalls_ends_early_and_stays_ended(stripes: shards.Shards, tmp_path: Path) -> None:
+    given = recipe(epochs=9, optim={"lr": 1e-9}, watch={"metric": "val/top1", "patience": 2}, keep_best=True)
+    model, epochs = trained(stripes, given, checkpoints=Store(str(tmp_path)))
+    assert [epoch.number for epoch in epochs] == [1, 2, 3]
+    again, more = trained(stripes, given, checkpoints=Store(str(tmp_path)))
+    assert more == []
+    assert same(model, again)
+
+
+def test_a_plateau_lowers_the_rate(stripes: shards.Shards) -> None:
+    optim = {"lr": 1e-9, "schedule": "plateau", "step_factor": 0.5}
+    _, epochs = trained(stripes, recipe(epochs=4, optim=optim, watch={"plateau_patience": 1}))
+    assert [epoch.metrics["lr"] for epoch in epochs] == pytest.approx([1e-9, 1e-9, 0.5e-9, 0.25e-9])
+
+
+def test_an_unknown_watched_metric_is_named(stripes: shards.Shards) -> None:
+    with pytest.raises(ConfigError, match="training reports no 'val/top2'"):
+        trained(stripes, recipe(epochs=1, watch={"metric": "val/top2", "mode": "max"}, keep_best=True))
+
+
+def test_the_rate_is_scaled_to_the_batch(stripes: shards.Shards) -> None:
+    optim = {"lr": 0.1, "schedule": "constant", "reference_batch_size": 32}
+    _, epochs = trained(stripes, recipe(epochs=1, optim=optim))
+    assert epochs[0].metrics["lr"] == pytest.approx(0.1 * 8 / 32)
+
+
+def test_the_average_is_what_is_measured_and_kept(stripes: shards.Shards, tmp_path: Path) -> None:
+    given, store = recipe(epochs=2, ema={"decay": 0.9}), Store(str(tmp_path))
+    model, epochs = trained(stripes, given, checkpoints=store)
+    newest = store.newest("cpu")
+    assert newest is not None
+    kept = newest.parts["ema"]["model"]
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert not all(torch.equal(value, newest.parts["model"][name]) for name, value in kept.items())
+    counts = evaluate(model, Loader(stripes, model.spec, given.loading).evaluate("val"), 2)
+    assert counts.metrics()["loss"] == pytest.approx(epochs[-1].metrics["val/loss"], rel=1e-5)
+
+
+def test_compiled_training_keeps_names_and_learns_alike(stripes: shards.Shards) -> None:
+    compiled, epochs = trained(stripes, recipe(epochs=1, compile=True))
+    plain, expected = trained(stripes, recipe(epochs=1))
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert epochs[0].metrics["train/loss"] == pytest.approx(expected[0].metrics["train/loss"], rel=1e-3)
 
 
 def test_checkpoint_after_the_run_holds_its_weights(stripes: shards.Shards, tmp_path: Path) -> None:
