@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ class Config(Strict):
     Attributes:
         weights: `torchvision:<name>`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`; `models:/name@alias` or
             `models:/name/3` in the registry; the folder of a bundle; or a file (.safetensors, or a PyTorch state dict).
-            Relative paths lie in `data_root`.
+            Relative paths lie in `data_root` or `storage`.
         head: `new`: the last layer is initialised anew; `keep`: it comes with the weights, for the same classes.
         freeze: what is not trained.
     """
@@ -83,12 +83,12 @@ class Weights:
     spec: InputSpec | None = None
 
 
-def find(config: Config, root: Path, registered: Callable[[str], Bundle]) -> Weights:
+def find(config: Config, roots: Sequence[Path], registered: Callable[[str], Bundle]) -> Weights:
     """Look the weights up.
 
     Args:
         config: says where.
-        root: folder that relative paths lie in.
+        roots: folders that relative paths may lie in; the first one that has it.
         registered: gives the bundle of a registered model, `name@alias` or `name/3`.
 
     Raises:
@@ -99,7 +99,7 @@ def find(config: Config, root: Path, registered: Callable[[str], Bundle]) -> Wei
         return Weights(given, *importing.from_torchvision(given.removeprefix(TORCHVISION)))
     if given.startswith(REGISTERED):
         return _of_bundle(given, registered(given.removeprefix(REGISTERED)))
-    path = root / given
+    path = next((root / given for root in roots if (root / given).exists()), roots[0] / given)
     if path.is_dir():
         return _of_bundle(given, bundle.load(path))
     return Weights(given, importing.read_state(path))

@@ -69,7 +69,7 @@ def equal_but(one: nn.Module, other: nn.Module, fresh: str) -> bool:
 @pytest.mark.parametrize("where", ["bundle", "weights.pth", "old.th", "weights.safetensors"])
 def test_weights_of_every_form_start_a_model_with_a_fresh_head(where: str, trained: tuple[Classifier, Path]) -> None:
     model, root = trained
-    weights = start.find(config(where), root, nowhere)
+    weights = start.find(config(where), [root], nowhere)
     mine = built(net(5), seed=1)
     start.initialise(mine, weights, "new", tuple("abcde"))
     untouched = built(net(5), seed=1)
@@ -82,14 +82,14 @@ def test_weights_of_every_form_start_a_model_with_a_fresh_head(where: str, train
 def test_new_head_is_fresh_even_where_the_old_one_would_fit(trained: tuple[Classifier, Path]) -> None:
     model, root = trained
     mine = built(net(), seed=1)
-    start.initialise(mine, start.find(config("bundle"), root, nowhere), "new", ("x", "y", "z"))
+    start.initialise(mine, start.find(config("bundle"), [root], nowhere), "new", ("x", "y", "z"))
     assert equal_but(mine, model, "network.classifier.6")
 
 
 def test_kept_head_gives_the_outputs_of_the_weights(trained: tuple[Classifier, Path]) -> None:
     model, root = trained
     mine = built(net(), seed=1)
-    start.initialise(mine, start.find(config("bundle"), root, nowhere), "keep", CLASSES)
+    start.initialise(mine, start.find(config("bundle"), [root], nowhere), "keep", CLASSES)
     batch = Batch(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
     assert torch.equal(mine.eval()(batch), model.eval()(batch))
 
@@ -104,7 +104,7 @@ def test_kept_head_gives_the_outputs_of_the_weights(trained: tuple[Classifier, P
 def test_kept_head_of_other_classes_is_refused(
     trained: tuple[Classifier, Path], classes: tuple[str, ...], sentence: str
 ) -> None:
-    weights = start.find(config("bundle"), trained[1], nowhere)
+    weights = start.find(config("bundle"), [trained[1]], nowhere)
     with pytest.raises(ConfigError, match=sentence):
         start.initialise(built(net(len(classes))), weights, "keep", classes)
 
@@ -117,7 +117,7 @@ def test_registered_models_are_asked_of_the_function_that_knows_the_registry(tra
         asked.append(reference)
         return bundle.load(root / "bundle")
 
-    weights = start.find(config("models:/clothing@champion"), root, registered)
+    weights = start.find(config("models:/clothing@champion"), [root], registered)
     assert asked == ["clothing@champion"]
     assert (weights.origin, weights.classes) == ("models:/clothing@champion", CLASSES)
 
@@ -132,7 +132,7 @@ def test_torchvision_weights_are_found_by_name(monkeypatch: pytest.MonkeyPatch) 
         return state, tuple(map(str, range(1000)))
 
     monkeypatch.setattr(importing, "from_torchvision", downloaded)
-    weights = start.find(config("torchvision:SqueezeNet1_1_Weights.IMAGENET1K_V1"), Path(), nowhere)
+    weights = start.find(config("torchvision:SqueezeNet1_1_Weights.IMAGENET1K_V1"), [Path()], nowhere)
     assert asked == ["SqueezeNet1_1_Weights.IMAGENET1K_V1"]
     mine = built(parse(models.config_of("squeezenet"), {"variant": "1_1", "num_classes": 4}, "here"))
     start.initialise(mine, weights, "new", tuple("abcd"))
@@ -148,7 +148,7 @@ def test_weights_of_another_architecture_name_layers_and_shapes_in_one_sentence(
     mine = built(net(fc_features=9))
     before = {name: value.clone() for name, value in mine.state_dict().items()}
     with pytest.raises(ModelError) as caught:
-        start.initialise(mine, start.find(config("weights.pth"), root, nowhere), "new", CLASSES)
+        start.initialise(mine, start.find(config("weights.pth"), [root], nowhere), "new", CLASSES)
     assert "network.classifier.1.weight: the model expects [9, 9216], the weights hold [8, 9216]" in str(caught.value)
     assert "and 1 more; choose the architecture" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
@@ -159,19 +159,24 @@ def test_counters_that_old_files_lack_start_at_0(trained: tuple[Classifier, Path
     kept = {name: value for name, value in plain(model).items() if "num_batches" not in name}
     torch.save(kept, tmp_path / "older.pth")
     mine = built(net(), seed=1)
-    start.initialise(mine, start.find(config("older.pth"), root, nowhere), "keep", CLASSES)
+    start.initialise(mine, start.find(config("older.pth"), [root], nowhere), "keep", CLASSES)
     assert all(torch.equal(value, plain(mine)[name]) for name, value in kept.items())
 
 
 def test_missing_weights_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"none\.pth: cannot be read \(No such file or directory\)"):
-        start.find(config("none.pth"), tmp_path, nowhere)
+        start.find(config("none.pth"), [tmp_path], nowhere)
+
+
+def test_a_relative_path_is_looked_for_in_each_folder(trained: tuple[Classifier, Path], tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    assert start.find(config("bundle"), [elsewhere, trained[1]], nowhere).classes == CLASSES
 
 
 def test_another_normalisation_than_the_weights_had_is_said(
     trained: tuple[Classifier, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights = start.find(config("bundle"), trained[1], nowhere)
+    weights = start.find(config("bundle"), [trained[1]], nowhere)
     start.initialise(built(net()), weights, "keep", CLASSES)
     assert not caplog.records
     assert weights.spec is not None
@@ -184,7 +189,7 @@ def test_prepared_state_is_the_same_for_every_worker_and_follows_from_the_seed(
     trained: tuple[Classifier, Path], tmp_path: Path
 ) -> None:
     _, root = trained
-    weights = start.find(config("bundle"), root, nowhere)
+    weights = start.find(config("bundle"), [root], nowhere)
     random_state = torch.get_rng_state()
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
         start.prepare(tmp_path / name, net(5), weights, config("bundle"), seed, tuple("abcde"))
