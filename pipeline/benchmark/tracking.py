@@ -2,7 +2,8 @@
 
 The loop is plain torch on one CPU thread, every step of it is tracked, and the ways take turns in short blocks; only
 blocks of one round are divided by each other. `driver` is what a training does: the loop's process appends to the
-journal, another ships it. `thread` ships from the loop's own process, which then also has to import MLflow.
+journal, another ships it. `thread` ships from the loop's own process, which then also has to import MLflow; that is
+measured apart.
 Run as `python -m pipeline.benchmark.tracking [rounds] [steps]`.
 """
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
@@ -34,11 +35,20 @@ if TYPE_CHECKING:
     from pipeline.tracking.shipping import Shipper
 
 LIMIT = 1.02
+ALONE, DEAD, HANGING, THREAD = ALL = ("journal", "driver, dead", "driver, hanging", "thread, dead")
 NUM_METRICS = 10
 NO_RUN = "0" * 32
 Track = Callable[[int], None]
 Way = Callable[[int], AbstractContextManager[Track]]
 """Tracking as it is on during the block of one round: it gives what to call after each step."""
+
+
+class Import(Strict):
+    """What it costs a loop that a thread beside it imports MLflow: how long, and how much longer its steps take."""
+
+    seconds: float
+    ratio: float
+    longest_step_ms: float
 
 
 class Figures(Strict):
@@ -48,45 +58,36 @@ class Figures(Strict):
         append_us: microseconds that one entry of ten metrics takes, median.
         step_ms: of the loop without tracking, median over blocks.
         ratios: (median, least, most) of block times to those without tracking, by way.
-        import_s: that MLflow takes to be imported in a thread beside the loop.
-        import_ratio: how much longer a step takes meanwhile, on average.
-        longest_step_ms: of those.
         load: average over one minute, before and after.
     """
 
     append_us: float
     step_ms: float
     ratios: dict[str, Spread]
-    import_s: float
-    import_ratio: float
-    longest_step_ms: float
+    imported: Import | None
     load: tuple[float, float]
 
 
-def measure(rounds: int = 9, steps: int = 150) -> Figures:
-    """Time `rounds` x `steps` steps of every way."""
+def measure(rounds: int = 9, steps: int = 150, ways: Sequence[str] = ALL) -> Figures:
+    """Time `rounds` x `steps` steps without tracking and in each of some ways, on one thread of torch."""
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-            step = _loop()
-            imported = _import_beside(step)  # first: afterwards it is loaded
-            seconds = _take_turns(_ways(Path(scratch), stack), step, rounds, steps)
+            opened = {"none": _nothing} | {name: _way(name, Path(scratch) / name, stack) for name in ways}
+            seconds = _take_turns(opened, _loop(), rounds, steps)
             append_us = _append_us(Path(scratch) / "append")
     finally:
         torch.set_num_threads(threads)
     without = seconds.pop("none")
-    step_s = median(without) / steps
     return Figures(
         append_us=append_us,
-        step_ms=step_s * 1e3,
+        step_ms=median(without) / steps * 1e3,
         ratios={
             name: spread([mine / bare for mine, bare in zip(found, without, strict=True)])
             for name, found in seconds.items()
         },
-        import_s=sum(imported),
-        import_ratio=sum(imported) / len(imported) / step_s,
-        longest_step_ms=max(imported) * 1e3,
+        imported=_import_in_a_process() if THREAD in ways else None,
         load=(load, os.getloadavg()[0]),
     )
 
@@ -95,34 +96,37 @@ def table(figures: Figures) -> str:
     """What a person reads."""
     lines = [
         f"an entry of {NUM_METRICS} metrics takes {figures.append_us:.1f} us, a step {figures.step_ms:.2f} ms; "
-        f"the ratio of step times may be {LIMIT}",
-        *(
-            f"{name:16} {found.median:.3f} ({found.least:.3f}..{found.most:.3f})"
-            for name, found in figures.ratios.items()
-        ),
-        f"importing MLflow in a thread: {figures.import_s:.1f} s, steps {figures.import_ratio:.1f} times as long, "
-        f"the longest {figures.longest_step_ms:.0f} ms",
-        f"load average {figures.load[0]:.2f} before, {figures.load[1]:.2f} after",
+        f"the ratio of step times may be {LIMIT}"
     ]
+    lines += [
+        f"{name:16} {found.median:.3f} ({found.least:.3f}..{found.most:.3f})" for name, found in figures.ratios.items()
+    ]
+    if (imported := figures.imported) is not None:
+        lines.append(
+            f"importing MLflow in a thread: {imported.seconds:.1f} s, steps {imported.ratio:.1f} times as long, "
+            f"the longest {imported.longest_step_ms:.0f} ms"
+        )
+    lines.append(f"load average {figures.load[0]:.2f} before, {figures.load[1]:.2f} after")
     return "\n".join(lines) + "\n"
 
 
-def _ways(scratch: Path, stack: ExitStack) -> dict[str, Way]:
-    dead, hanging = stack.enter_context(_servers())
-    writer = journal.Writer(scratch / "alone" / journal.FOLDER, "rank0")
-    return {
-        "none": lambda _: nullcontext(lambda step: None),
-        "journal": lambda _: nullcontext(_tracker(writer)),
-        "driver, dead": _driver(scratch / "dead", dead, stack),
-        "driver, hanging": _driver(scratch / "hanging", hanging, stack),
-        "thread, dead": _thread(scratch / "thread", dead),
-    }
+def _nothing(_: int) -> AbstractContextManager[Track]:
+    return nullcontext(lambda step: None)
+
+
+def _way(name: str, folder: Path, stack: ExitStack) -> Way:
+    """Make one of `ALL` ready; it lives as long as the stack."""
+    if name == ALONE:
+        track = _tracker(journal.Writer(folder / journal.FOLDER, "rank0"))
+        return lambda _: nullcontext(track)
+    uri = stack.enter_context(_server(listens=name == HANGING))
+    return _thread(folder, uri) if name == THREAD else _driver(folder, uri, stack)
 
 
 def _take_turns(ways: dict[str, Way], step: Callable[[], None], rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds of every block, by way; each round begins with another one."""
     names, seconds = list(ways), {name: list[float]() for name in ways}
-    _block(step, lambda _: None, 0, steps)  # to warm up
+    _block(step, _ignore, 0, steps)  # to warm up
     for index in range(rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
@@ -204,17 +208,25 @@ def _shipper(folder: Path, uri: str) -> Shipper:
     return Shipper(Destination(uri, NO_RUN, "0", folder))
 
 
-def _import_beside(step: Callable[[], None]) -> list[float]:
-    """Seconds of the steps during which a thread imports what ships journals."""
+def _import_in_a_process() -> Import:
+    """In one that has not imported it."""
+    command = [sys.executable, "-m", "pipeline.benchmark.tracking", "import"]
+    return Import.model_validate_json(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def _import_beside(step: Callable[[], None]) -> Import:
+    """Time steps before and while a thread imports what ships journals."""
     thread = threading.Thread(target=importlib.import_module, args=("pipeline.tracking.shipping",))
-    step()
+    before = [_block(step, _ignore, 0, 1) for _ in range(50)]
     thread.start()
-    seconds = list[float]()
+    beside = list[float]()
     while thread.is_alive():
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        beside.append(_block(step, _ignore, 0, 1))
+    ratio = sum(beside) / len(beside) / median(before)
+    return Import(seconds=sum(beside), ratio=ratio, longest_step_ms=max(beside) * 1e3)
+
+
+def _ignore(_: int) -> None: ...
 
 
 def _append_us(folder: Path, count: int = 2000) -> float:
@@ -227,11 +239,13 @@ def _append_us(folder: Path, count: int = 2000) -> float:
 
 
 @contextmanager
-def _servers() -> Iterator[tuple[str, str]]:
-    """Addresses at which nobody listens, and at which somebody does and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound, so that nobody else takes it, but not listening
-        yield f"http://127.0.0.1:{closed.getsockname()[1]}", f"http://127.0.0.1:{silent.getsockname()[1]}"
+def _server(*, listens: bool) -> Iterator[str]:
+    """An address at which nobody listens, or somebody does and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # also where it does not listen, so that nobody else takes it
+        if listens:
+            server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def _ship(folder: Path, uri: str) -> None:
@@ -242,8 +256,16 @@ def _ship(folder: Path, uri: str) -> None:
     threading.Event().wait()
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["ship"]:
-        _ship(Path(sys.argv[2]), sys.argv[3])
+def main(words: Sequence[str]) -> None:
+    """Measure and print; or do one part of it, in a process of its own."""
+    torch.set_num_threads(1)
+    if words[:1] == ["ship"]:
+        _ship(Path(words[1]), words[2])
+    elif words[:1] == ["import"]:
+        sys.stdout.write(_import_beside(_loop()).model_dump_json())
     else:
-        sys.stdout.write(table(measure(*map(int, sys.argv[1:3]))))
+        sys.stdout.write(table(measure(*map(int, words[:2]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

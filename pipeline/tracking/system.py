@@ -6,6 +6,7 @@ trains. The names are MLflow's own with the node between, so that its page of sy
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 import time
@@ -99,8 +100,7 @@ def _traffic() -> tuple[int, int]:
 def _gpus() -> Callable[[], dict[str, float]]:
     """A function that measures the GPUs; without any, or without NVIDIA's library, it finds nothing."""
     try:
-        import pynvml  # noqa: PLC0415  (only where there are GPUs)
-
+        pynvml = importlib.import_module("pynvml")  # nvidia-ml-py, which only machines with GPUs need
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     except Exception:  # not installed, no driver, no GPU: the library has an error of its own for each

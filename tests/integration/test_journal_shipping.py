@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, storage: Path) -> None:
         self.storage = storage
-        self.service = _stack.mlflow_server(storage, timeout_s=300)
+        self.service: Service = _stack.mlflow_server(storage, timeout_s=300)
         self.uri = self.service.address
         self.client = MlflowClient(self.uri, self.uri)
 
@@ -44,7 +44,7 @@ class Server:
 
     def revive(self) -> None:
         port = int(self.uri.rpartition(":")[2])
-        self.service: Service = _stack.mlflow_server(self.storage, port, timeout_s=300)
+        self.service = _stack.mlflow_server(self.storage, port, timeout_s=300)
 
     def points(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """(step, value) of every row that MLflow holds of a metric."""
@@ -338,9 +338,8 @@ def test_wait_for_a_server_that_does_not_come_gives_up_in_time() -> None:
     assert 0.5 < time.monotonic() - began < 10
 
 
-def test_cost_of_tracking_is_measured_for_every_way() -> None:
-    figures = cost.measure(rounds=1, steps=5)
-    assert set(figures.ratios) == {"journal", "driver, dead", "driver, hanging", "thread, dead"}
+def test_cost_of_tracking_is_measured_for_every_way_that_is_asked_for() -> None:
+    figures = cost.measure(rounds=1, steps=5, ways=(cost.ALONE, cost.HANGING))
+    assert set(figures.ratios) == {"journal", "driver, hanging"}
     assert 0 < figures.append_us < 1000
-    assert figures.import_ratio > 0
     assert f"takes {figures.append_us:.1f} us" in cost.table(figures)

@@ -173,7 +173,7 @@ def write_until_killed(folder: Path, first: int) -> int:
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         said = process.stdout.read().split("\n")
-    return max(first + 49, *(int(word) for word in said[:-1] if word))
+    return max([first + 49, *(int(word) for word in said[:-1] if word)])
 
 
 def test_writer_killed_and_a_second_going_on_lose_nothing_that_was_written(tmp_path: Path) -> None:
