@@ -2,7 +2,8 @@
 
 The order is `pipeline.data.order`'s; the pixels are `transforms.classify`'s; `read_batches` turns draws into columns of
 batches and is the same code wherever it runs. With `reader: local` it runs in processes of a torch DataLoader beside
-the one that trains; with `reader: ray` in Ray tasks, on any node with free CPUs. Both give the same batches.
+the one that trains; with `reader: ray` in Ray tasks, on any node with free CPUs. Both give the same batches. With
+`decode: gpu` training pictures are decoded on the device instead, by `pipeline.data.gpu_decoding`.
 
 Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short tasks leave a gap after each.
 """
@@ -14,18 +15,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pipeline import imaging
 from pipeline.batch import Batch
 from pipeline.config import Strict
-from pipeline.data import order, shards
+from pipeline.data import gpu_decoding, order, shards
 from pipeline.data.order import Sampling
 from pipeline.data.pages import Pages
 from pipeline.data.streams import Streams
@@ -35,6 +38,8 @@ from pipeline.types import Frame, InputSpec, Int64Array, Split, UInt8Array
 
 Columns = dict[str, Any]
 """The columns of one batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 6], id text [B]."""
+Encoded = tuple[str, bytes, int]
+"""Id, encoded image and label of one row."""
 Empty = Callable[[tuple[int, ...]], UInt8Array]
 """Gives memory for pictures of a shape, uninitialised."""
 _PREFETCH, _HELD = 2, 2  # batches of each process on their way, and in the hands of who asked for them
@@ -51,6 +56,9 @@ class Config(Strict):
         decode_on: labels of the nodes that decode for `ray`, as long as there is such a node; GPU nodes are for
             training.
         sampling: which images make an epoch.
+        decode: `gpu` decodes training images on the device that trains, read in a thread beside it; for `reader: local`
+            with crop and flip only. Written for nvJPEG, but not measured on a GPU; on the CPU there is no reason for
+            it. Evaluation decodes on the CPU in any case, so that its scores are those of the endpoint.
     """
 
     batch_size: int = Field(default=64, ge=1)
@@ -59,6 +67,13 @@ class Config(Strict):
     batches_per_read: int = Field(default=8, ge=1)
     decode_on: dict[str, str] = Field(default={"role": "ingest"})
     sampling: Sampling = Sampling()
+    decode: Literal["cpu", "gpu"] = "cpu"
+
+    @model_validator(mode="after")
+    def _decodes_where_it_reads(self) -> Self:
+        if self.decode == "gpu" and self.reader != "local":
+            raise ValueError("decode: gpu decodes in the process that trains; set reader to local")
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class _Recipe:
     augment: classify.Augment | None = None
     seed: int = 0
     epoch: int = 0
+    decoder: gpu_decoding.Decoder | None = None  # None decodes on the CPU
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -89,9 +105,11 @@ class Loader:
         augment: how training images are varied.
         seed: of the run; the order and the variation of the images follow from it and the epoch.
         rank: this worker's number, and `world_size` how many workers there are.
+        device: that trains; only `decode: gpu` asks for it, and leaves its batches there.
 
     Raises:
         DataError: the images have another number of channels than the model takes.
+        ConfigError: `decode: gpu` with an augmentation or a device that it does not support.
     """
 
     def __init__(
@@ -104,6 +122,7 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         bands = source.manifest.decoding.num_channels
         if bands != spec.num_channels:
@@ -119,6 +138,9 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self._labels: Int64Array | None = None
+        self._decoder: gpu_decoding.Decoder | None = None
+        if config.decode == "gpu":
+            self._decoder = gpu_decoding.Decoder(spec, self.augment, source.manifest.decoding, device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -150,7 +172,8 @@ class Loader:
         groups = [rows for shard in self.source.manifest.of("train") for rows in shard.row_groups]
         draws = order.training_order(groups, self.seed, epoch, self._sampled(epoch))[offset:]
         share = order.training_share(draws, self.config.batch_size, self.rank, self.world_size)
-        return self._batches(self._recipe("train", self.augment, epoch), share)
+        recipe = replace(self._recipe("train", self.augment, epoch), decoder=self._decoder)
+        return self._batches(recipe, share)
 
     def evaluate(self, split: Split) -> Iterator[Batch]:
         """The part of a split that belongs to this rank, each image once, as the predictor would see it."""
@@ -169,7 +192,7 @@ class Loader:
 
     def _batches(self, recipe: _Recipe, draws: Int64Array) -> Iterator[Batch]:
         batches = [draws[at : at + self.config.batch_size] for at in range(0, len(draws), self.config.batch_size)]
-        if self.config.num_tasks == 0:
+        if self.config.num_tasks == 0 or recipe.decoder is not None:
             columns = _read_in_thread(recipe, batches)
         elif self.config.reader == "local":
             columns = _read_in_processes(recipe, batches, self.config.num_tasks)
@@ -201,11 +224,11 @@ def read_batches(recipe: _Recipe, batches: list[Int64Array], empty: Empty = _in_
             yield _columns(recipe, batch, [encoded[row] for row in (batch % num_rows).tolist()], streams, empty)
 
 
-def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, tuple[str, bytes, int]]:
-    """Id, encoded image and label of sorted rows."""
+def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, Encoded]:
+    """What is stored of sorted rows."""
     files = recipe.source.manifest.of(recipe.split)
     file_starts = np.cumsum([0, *(shard.num_rows for shard in files)])
-    encoded: dict[int, tuple[str, bytes, int]] = {}
+    encoded: dict[int, Encoded] = {}
     for shard, (start, stop) in zip(files, pairwise(file_starts.tolist()), strict=True):
         inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
         if not len(inside):
@@ -380,29 +403,59 @@ def _selector(nodes: list[dict[str, Any]], wanted: dict[str, str]) -> dict[str, 
     return wanted if wanted and any(wanted.items() <= labels.items() for labels in alive) else None
 
 
-def _columns(
-    recipe: _Recipe, draws: Int64Array, encoded: list[tuple[str, bytes, int]], streams: Streams, empty: Empty
-) -> Columns:
-    """One batch; each picture is written to its place once."""
-    pixels, frames = empty((len(draws), *recipe.image_shape)), []
-    for place, (draw, (image_id, data, _)) in enumerate(zip(draws.tolist(), encoded, strict=True)):
-        pixels[place], frame = _view(recipe, streams, draw, image_id, data)
-        frames.append((*frame.original_hw, *frame.scale_xy, *frame.offset_xy))
+def _columns(recipe: _Recipe, draws: Int64Array, encoded: list[Encoded], streams: Streams, empty: Empty) -> Columns:
+    """One batch."""
+    views = _views if recipe.decoder is None else _views_on_device
+    pixels, frames = views(recipe, draws.tolist(), encoded, streams, empty)
     return {
         "image": pixels,
         "label": np.array([label for _, _, label in encoded], np.int64),
-        "frame": np.array(frames, np.float64),
+        "frame": np.array([(*frame.original_hw, *frame.scale_xy, *frame.offset_xy) for frame in frames], np.float64),
         "id": np.array([image_id for image_id, _, _ in encoded]),
     }
 
 
-def _view(recipe: _Recipe, streams: Streams, draw: int, image_id: str, data: bytes) -> tuple[Any, Frame]:
+def _views(
+    recipe: _Recipe, draws: list[int], encoded: list[Encoded], streams: Streams, empty: Empty
+) -> tuple[UInt8Array, list[Frame]]:
+    """Pixels and frames of one batch; each picture is written to its place once."""
+    pixels, frames = empty((len(draws), *recipe.image_shape)), []
+    for place, (draw, (image_id, data, _)) in enumerate(zip(draws, encoded, strict=True)):
+        with _naming(recipe, image_id):
+            pixels[place], frame = _view(recipe, streams, draw, data)
+        frames.append(frame)
+    return pixels, frames
+
+
+def _view(recipe: _Recipe, streams: Streams, draw: int, data: bytes) -> tuple[UInt8Array, Frame]:
+    decoding = recipe.source.manifest.decoding
+    if recipe.augment is None:
+        return classify.evaluation(data, recipe.spec, decoding)
+    pixels = classify.training(data, recipe.spec, recipe.augment, streams.of(draw), decoding)
+    return pixels, Frame(recipe.spec.size_hw, recipe.spec.size_hw)
+
+
+def _views_on_device(
+    recipe: _Recipe, draws: list[int], encoded: list[Encoded], streams: Streams, _: Empty
+) -> tuple[torch.Tensor, list[Frame]]:
+    """The same of a training batch, on the device."""
+    decoder = recipe.decoder
+    assert decoder is not None
+
+    def on_cpu(place: int) -> UInt8Array:
+        image_id, data, _ = encoded[place]
+        with _naming(recipe, image_id):
+            return imaging.decode(data, recipe.source.manifest.decoding, min_short=decoder.min_short)
+
+    pixels = decoder.batch([data for _, data, _ in encoded], map(streams.of, draws), on_cpu)
+    return pixels, [Frame(recipe.spec.size_hw, recipe.spec.size_hw)] * len(draws)
+
+
+@contextmanager
+def _naming(recipe: _Recipe, image_id: str) -> Iterator[None]:
+    """Say which image it is that does not decode."""
     try:
-        if recipe.augment is None:
-            return classify.evaluation(data, recipe.spec, recipe.source.manifest.decoding)
-        decoding = recipe.source.manifest.decoding
-        pixels = classify.training(data, recipe.spec, recipe.augment, streams.of(draw), decoding)
-        return pixels, Frame(recipe.spec.size_hw, recipe.spec.size_hw)
+        yield
     except ImageError as error:
         raise DataError(f"{recipe.source.path}: image '{image_id}' does not decode: {error}; run jobs.verify") from None
 
@@ -425,6 +478,9 @@ def _to_batch(columns: Columns) -> Batch:
 
 def _tensor(values: Any) -> torch.Tensor:
     """Share the memory; but batches of Ray are read-only views of its store, which torch must not write to."""
+    if isinstance(values, torch.Tensor) and values.is_cuda:
+        values.record_stream(torch.cuda.current_stream(values.device))  # made on another stream than that of the caller
+        return values
     if not isinstance(values, torch.Tensor):
         values = torch.from_numpy(values if values.flags.writeable else values.copy())
     tensor: torch.Tensor = values.pin_memory() if torch.cuda.is_available() else values

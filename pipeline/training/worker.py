@@ -73,6 +73,7 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
         seed=recipe.seed,
         rank=rank,
         world_size=world_size,
+        device=device,
     )
     run = _attach(*assignment.tracking) if assignment.tracking and rank == 0 else None
 

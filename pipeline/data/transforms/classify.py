@@ -4,13 +4,16 @@ Everything that looks at a picture on behalf of a classifier (loading, evaluatio
 `evaluation` here, so none of them can disagree about a pixel. Normalisation is the model's first layer, not ours.
 Batch-level augmentation (mixup, cutmix, colour noise) runs on the device, in `transforms.mixing`. Everything drawn here
 comes from the numpy generator that is given, never from a global one.
+
+What a training view shows (`View`) is drawn apart from the pixels, from the size of the picture alone, so that
+`pipeline.data.gpu_decoding` shows the same on another device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -88,6 +91,22 @@ class Augment(Strict):
     erase: Erase | None = None
 
 
+class View(NamedTuple):
+    """What of a decoded picture a batch shows: a window of it, scaled, cut to the input's size, perhaps mirrored.
+
+    Attributes:
+        window: top, left, height, width in the picture; None for the whole of it.
+        scaled_hw: size that the window is scaled to.
+        corner: top and left of the input in the scaled window.
+        flipped: mirrored left-right.
+    """
+
+    window: tuple[int, int, int, int] | None
+    scaled_hw: tuple[int, int]
+    corner: tuple[int, int]
+    flipped: bool
+
+
 def check(augment: Augment, spec: InputSpec) -> None:
     """Refuse an augmentation of colours for pictures that have none, before anything starts.
 
@@ -131,21 +150,35 @@ def training(
     Raises:
         ImageError: the bytes are not an image this project accepts.
     """
-    decoding = _for_channels(decoding, spec)
-    if augment.crop == "resized":
-        image = imaging.decode(data, decoding)
-        pixels = resize(_window(image, augment, rng), spec.size_hw)
-    elif augment.crop == "random":
-        image = imaging.decode(data, decoding, min_short=_least_short(spec))
-        pixels = _random_crop(_resize_short(image, spec), spec.size_hw, rng)
-    else:
-        pixels, _ = _centre(imaging.decode(data, decoding, min_short=_least_short(spec)), spec)
-    if augment.flip and rng.random() < 0.5:
-        pixels = pixels[:, :, ::-1]
+    image = imaging.decode(data, _for_channels(decoding, spec), min_short=least_short(spec, augment))
+    pixels = _show(image, draw(image.shape[:2], spec, augment, rng), spec)
     if augment.rand_augment is not None:
         pixels = _rand_augment(pixels, augment.rand_augment, rng)
     pixels = _jitter(pixels, augment, rng)
     return pixels if augment.erase is None else _erase(np.ascontiguousarray(pixels), augment.erase, spec, rng)
+
+
+def draw(hw: tuple[int, ...], spec: InputSpec, augment: Augment, rng: np.random.Generator) -> View:
+    """Draw the window of a training view, then whether it is mirrored.
+
+    Args:
+        hw: height and width of the picture, decoded with `least_short`.
+    """
+    window, corner = None, (0, 0)
+    if augment.crop == "resized":
+        window, scaled_hw = _window(hw, augment, rng), spec.size_hw
+    else:
+        scaled_hw = _short_hw(hw, spec)
+        corner = _centred(scaled_hw, spec.size_hw)
+        if augment.crop == "random":
+            top, left = (int(rng.integers(side - cut + 1)) for side, cut in zip(scaled_hw, spec.size_hw, strict=True))
+            corner = (top, left)
+    return View(window, scaled_hw, corner, augment.flip and rng.random() < 0.5)
+
+
+def least_short(spec: InputSpec, augment: Augment) -> int | None:
+    """The `min_short` that training pictures are decoded with; None for all of their pixels."""
+    return None if augment.crop == "resized" else _least_short(spec)
 
 
 def ten_crop(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imaging.DEFAULT) -> UInt8Array:
@@ -204,37 +237,44 @@ def _cut_centre(pixels: UInt8Array, crop_hw: tuple[int, int]) -> UInt8Array:
 
 def _resize_short(image: UInt8Array, spec: InputSpec) -> UInt8Array:
     """Scale so that the short side is `resize_short`, or stretch to the input where there is none: [C, H', W']."""
+    return resize(image, _short_hw(image.shape[:2], spec))
+
+
+def _short_hw(hw: tuple[int, ...], spec: InputSpec) -> tuple[int, int]:
     if spec.resize_short is None:
-        return resize(image, spec.size_hw)
-    height, width = image.shape[:2]
+        return spec.size_hw
+    height, width = hw
     scale = spec.resize_short / min(height, width)
     # As torchvision: the long side is truncated, not rounded.
-    return resize(
-        image, (max(int(height * scale + 1e-6), spec.resize_short), max(int(width * scale + 1e-6), spec.resize_short))
+    return (
+        max(int(height * scale + 1e-6), spec.resize_short),
+        max(int(width * scale + 1e-6), spec.resize_short),
     )
 
 
-def _window(image: UInt8Array, augment: Augment, rng: np.random.Generator) -> UInt8Array:
-    """A random window of [H, W, C]: ten draws of area and aspect, then the largest centred one of allowed aspect."""
-    height, width = image.shape[:2]
+def _window(hw: tuple[int, ...], augment: Augment, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height, width: ten draws of area and aspect, then the largest centred one of allowed aspect."""
+    height, width = hw
     for _ in range(10):
         area = height * width * rng.uniform(*augment.scale)
         aspect = math.exp(rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            return image[top : top + h, left : left + w]
+            return top, left, h, w
     aspect = min(max(width / height, augment.ratio[0]), augment.ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    top, left = (height - h) // 2, (width - w) // 2
-    return image[top : top + h, left : left + w]
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _random_crop(pixels: UInt8Array, size_hw: tuple[int, int], rng: np.random.Generator) -> UInt8Array:
-    """A window of `size_hw` anywhere in [C, H, W]."""
-    top = int(rng.integers(pixels.shape[1] - size_hw[0] + 1))
-    left = int(rng.integers(pixels.shape[2] - size_hw[1] + 1))
-    return pixels[:, top : top + size_hw[0], left : left + size_hw[1]]
+def _show(image: UInt8Array, view: View, spec: InputSpec) -> UInt8Array:
+    """The pixels of a view of [H, W, C]: [C, h, w], in any memory order."""
+    if view.window is not None:
+        top, left, height, width = view.window
+        image = image[top : top + height, left : left + width]
+    top, left = view.corner
+    pixels = resize(image, view.scaled_hw)[:, top : top + spec.size_hw[0], left : left + spec.size_hw[1]]
+    return pixels[:, :, ::-1] if view.flipped else pixels
 
 
 def _jitter(pixels: UInt8Array, augment: Augment, rng: np.random.Generator) -> UInt8Array:
