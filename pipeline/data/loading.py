@@ -238,7 +238,7 @@ def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, Encoded]:
         table = shards.read(recipe.source.path / shard.name, groups.tolist(), ["image_id", "image", "label"])
         held = np.concatenate([np.arange(*group_starts[group : group + 2]) for group in groups])
         places = np.searchsorted(held, inside).tolist()
-        images = itertools.chain.from_iterable(map(_views, table.column("image").chunks))
+        images = itertools.chain.from_iterable(map(_slices, table.column("image").chunks))
         wanted = set(places)
         found = [bytes(view) for at, view in enumerate(images) if at in wanted]
         ids, labels = table.column("image_id").to_pylist(), table.column("label").to_pylist()
@@ -249,7 +249,7 @@ def _read_rows(recipe: _Recipe, rows: Int64Array) -> dict[int, Encoded]:
     return encoded
 
 
-def _views(images: Any) -> Iterator[memoryview]:
+def _slices(images: Any) -> Iterator[memoryview]:
     """The bytes of an Arrow array of binaries, without a copy; a scalar of each would take longer than copying it."""
     _, offsets, data = images.buffers()
     bounds = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1].tolist()
