@@ -32,11 +32,15 @@ from pipeline.data.transforms.classify import Augment
 from pipeline.data.transforms.mixing import Mixing
 from pipeline.evaluation.live import Precision, all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
-from pipeline.training import ema, optim, precision, ranks, start, step, stopping
+from pipeline.training import optim, precision, ranks, start, step, stopping
 from pipeline.training.checkpoint import Position, Store
+from pipeline.training.ema import Config as Averaging
 from pipeline.training.ema import Ema
 from pipeline.training.guard import Guard
+from pipeline.training.optim import Config as Optim
+from pipeline.training.start import Config as Start
 from pipeline.training.state import State, Stateful, begin, resume
+from pipeline.training.stopping import Config as Watch
 from pipeline.training.targets import ClassWeights, class_weights, weigh
 
 
@@ -63,10 +67,10 @@ class Recipe(Strict):
     loading: Loading = Loading()
     augment: Augment = Augment()
     mixing: Mixing = Mixing()
-    start: start.Config | None = None
-    optim: optim.Config = optim.Config()
-    ema: ema.Config | None = None
-    watch: stopping.Config = stopping.Config()
+    start: Start | None = None
+    optim: Optim = Optim()
+    ema: Averaging | None = None
+    watch: Watch = Watch()
     epochs: int = Field(default=10, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     class_weights: ClassWeights = "none"
