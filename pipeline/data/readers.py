@@ -1,0 +1,158 @@
+"""[Ray Data] Three ways to have batches read while the last one is used; all give the same batches in the same order.
+
+In a thread of this process, in processes of a torch DataLoader beside it, or in Ray tasks on any node with free CPUs.
+Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short tasks leave a gap after each.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pipeline.data.pages import Pages
+from pipeline.data.reading import Columns, Reading, read_batches
+from pipeline.errors import VentralError, own_cause
+from pipeline.types import Int64Array, UInt8Array
+
+_PREFETCH, _HELD = 2, 2  # batches of each process on their way, and in the hands of who asked for them
+
+
+def in_thread(reading: Reading, batches: list[Int64Array]) -> Iterator[Columns]:
+    """Decode the next batch in a thread while the last one is used."""
+    source = read_batches(reading, batches)
+    with ThreadPoolExecutor(1, thread_name_prefix="loading") as pool:
+        pending = pool.submit(next, source, None)
+        while (columns := pending.result()) is not None:
+            pending = pool.submit(next, source, None)
+            yield columns
+
+
+class _Share(IterableDataset[Columns | VentralError]):
+    """The batches of one process of a DataLoader, which asks its processes in turn and so keeps the order."""
+
+    def __init__(self, reading: Reading, batches: list[Int64Array], pages: list[Pages]) -> None:
+        self.reading, self.batches, self.pages = reading, batches, pages
+
+    def __iter__(self) -> Iterator[Columns | VentralError]:
+        """Read this process's batches; errors travel as values, because torch would bury their message."""
+        info = get_worker_info()
+        assert info is not None
+        pages, taken = self.pages[info.id], list[int | None]()
+
+        def empty(shape: tuple[int, ...]) -> UInt8Array:
+            taken.append(page := pages.take())
+            return np.empty(shape, np.uint8) if page is None else pages.page(page)[: shape[0]]
+
+        try:
+            for columns in read_batches(self.reading, self.batches[info.id :: info.num_workers], empty):
+                page = taken.pop()
+                yield columns | {"image": torch.from_numpy(columns["image"]) if page is None else (info.id, page)}
+        except VentralError as error:
+            yield error
+
+
+def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) -> Iterator[Columns]:
+    """Decode in processes of a torch DataLoader; pixels come through shared memory."""
+    if not batches:
+        return
+    num_tasks = min(num_tasks, len(batches))
+    pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *reading.image_shape)) for _ in range(num_tasks)]
+    share = _Share(reading, batches, pages)
+    loader = DataLoader(
+        share,
+        batch_size=None,
+        num_workers=num_tasks,
+        prefetch_factor=_PREFETCH,
+        collate_fn=_unchanged,  # torch would make tensors of small arrays, each a file of its own
+        multiprocessing_context="fork",  # so that the pages are shared
+    )
+    for columns in loader:
+        if isinstance(columns, VentralError):
+            raise columns
+        if isinstance(columns["image"], tuple):
+            task, page = columns["image"]
+            columns["image"] = pages[task].lend(page, len(columns["label"]))
+        yield columns
+
+
+def _unchanged(columns: Columns) -> Columns:
+    return columns
+
+
+def warm_up(num_tasks: int, decode_on: dict[str, str]) -> list[Any]:
+    """Have Ray start the processes that are going to decode, in the background; what `ray.get` waits for."""
+    import ray  # noqa: PLC0415  (as in on_ray)
+
+    return [ray.remote(num_cpus=0)(_run_nothing).remote(num_tasks, decode_on)]
+
+
+def _run_nothing(num_tasks: int, decode_on: dict[str, str]) -> None:
+    """A pipeline like that of `on_ray`, which starts the same processes and Ray Data's own actors."""
+    import ray.data  # noqa: PLC0415
+
+    _set_context(num_tasks, decode_on, max_block_bytes=1)
+    tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
+    tasks.map_batches(_unchanged, batch_size=1).materialize()
+
+
+def _set_context(num_tasks: int, decode_on: dict[str, str], max_block_bytes: int) -> None:
+    """Set how Ray Data runs the pipelines of this process that are made from now on."""
+    import ray.data  # noqa: PLC0415
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = max_block_bytes
+    context.execution_options.preserve_order = False  # tasks take turns
+    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_tasks)
+    context.execution_options.label_selector = _selector(ray.nodes(), decode_on)
+
+
+def on_ray(reading: Reading, batches: list[Int64Array], num_tasks: int, decode_on: dict[str, str]) -> Iterator[Columns]:
+    """Decode in Ray tasks; a block holds one batch, and what comes early waits for its turn."""
+    import ray  # noqa: PLC0415  (so that the local reader needs no Ray)
+    import ray.data  # noqa: PLC0415
+
+    if not batches:
+        return
+    _set_context(num_tasks, decode_on, max(len(batches[0]) * math.prod(reading.image_shape), 1))  # else merged
+    num_tasks = min(num_tasks, len(batches))
+    work = ray.put((reading, batches))
+
+    def decode(task: dict[str, Any]) -> Iterator[Columns]:
+        reading, batches = ray.get(work)
+        for first in task["first"].tolist():
+            numbers = range(first, len(batches), num_tasks)
+            for number, columns in zip(numbers, read_batches(reading, batches[first::num_tasks]), strict=True):
+                yield columns | {"number": np.full(len(columns["label"]), number)}
+
+    tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
+    blocks = tasks.map_batches(decode, batch_size=1)
+    try:
+        yield from _in_order(blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+    except ray.exceptions.RayError as error:
+        raise own_cause(error) from None
+
+
+def _in_order(blocks: Iterator[Columns]) -> Iterator[Columns]:
+    """Hold back what came before its turn."""
+    waiting: list[tuple[int, Columns]] = []
+    turn = 0
+    for columns in blocks:
+        heapq.heappush(waiting, (int(columns["number"][0]), columns))
+        while waiting and waiting[0][0] == turn:
+            yield heapq.heappop(waiting)[1]
+            turn += 1
+
+
+def _selector(nodes: list[dict[str, Any]], wanted: dict[str, str]) -> dict[str, str] | None:
+    """The labels to ask for, where a living node has them."""
+    alive = (node["Labels"] for node in nodes if node["Alive"])
+    return wanted if wanted and any(wanted.items() <= labels.items() for labels in alive) else None
