@@ -264,7 +264,8 @@ def main(words: Sequence[str]) -> None:
     elif words[:1] == ["import"]:
         sys.stdout.write(_import_beside(_loop()).model_dump_json())
     else:
-        sys.stdout.write(table(measure(*map(int, words[:2]))))
+        rounds, steps = [int(word) for word in words] or (9, 150)
+        sys.stdout.write(table(measure(rounds, steps)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ they are looked for by name first.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ TAG_CHARS = 8000
 DIGEST_CHARS = 36
 CHECKPOINT = "checkpoint"
 """The type of the logged models that stand for checkpoints."""
+_NOT_IN_NAMES = re.compile(r"""[/:.%"']""")  # of logged models
 
 Refuse = Callable[[str, TrackingError], None]
 """Told what the server will never take, and why; it may raise."""
@@ -90,7 +92,7 @@ class Destination:
 
     def _model_id(self, client: MlflowClient, checkpoint: str, step: int) -> str:
         if checkpoint not in self._models:
-            self._models[checkpoint] = self._model(client, checkpoint, step).model_id
+            self._models[checkpoint] = self._model(client, _NOT_IN_NAMES.sub("-", checkpoint), step).model_id
         return self._models[checkpoint]
 
     def _model(self, client: MlflowClient, checkpoint: str, step: int) -> LoggedModel:

@@ -186,11 +186,11 @@ def test_shipping_everything_again_stores_nothing_twice(server: Server, tmp_path
         rank0 = worker(folder)
         run.log_dataset("digits", DATASET[1], "/shards", "val")
         for epoch in (1, 2, 3):
-            name = f"epoch-{epoch:04d}"
+            name = f"epoch.{epoch}"  # MLflow allows no dot there
             rank0.checkpoint(name, epoch, {"path": f"{folder}/checkpoints/{name}.pt", "kept": "true"})
             rank0.metrics({"val/top1": epoch / 10}, epoch, checkpoint=name, dataset=DATASET)
             rank0.metrics({"train/loss": 1 / epoch}, epoch)
-        rank0.checkpoint("epoch-0001", 1, {"kept": "false"})
+        rank0.checkpoint("epoch.1", 1, {"kept": "false"})
         with run.artifact("predictions/val.parquet") as file:
             file.write_bytes(b"PAR1")
     (folder / "journal" / "shipped.json").unlink()
@@ -205,9 +205,9 @@ def test_shipping_everything_again_stores_nothing_twice(server: Server, tmp_path
         order_by=[{"field_name": "metrics.val/top1", "ascending": False}],
     )
     assert [(model.name, str(model.status), model.tags["kept"]) for model in found] == [
-        ("epoch-0003", "READY", "true"),
-        ("epoch-0002", "READY", "true"),
-        ("epoch-0001", "READY", "false"),
+        ("epoch-3", "READY", "true"),
+        ("epoch-2", "READY", "true"),
+        ("epoch-1", "READY", "false"),
     ]
     for model, value in zip(found, (0.3, 0.2, 0.1), strict=True):
         assert [(metric.key, metric.value, metric.dataset_name) for metric in model.metrics] == [
