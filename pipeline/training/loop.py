@@ -134,14 +134,17 @@ def _train_epoch(net: nn.Module, model: Classifier, loader: Loader, recipe: Reci
     net.train()
     optimizer, tally = cast(torch.optim.Optimizer, state.parts["optimizer"]), state.tally
     num_classes, covariance = len(loader.source.manifest.classes), _covariance(loader)
-    batches = iter(loader.train(state.epoch, state.offset))
+    steps_per_epoch, batches = loader.steps_per_epoch, iter(loader.train(state.epoch, state.offset))
     for _ in range(_steps_left(loader, state)):
         asked = time.monotonic()
         batch = next(batches).to(tally.loss.device)
         tally.waited_s += time.monotonic() - asked
         _seed_step(recipe.seed, state)
         batch = mixing.mix(batch, recipe.mixing, num_classes, torch.default_generator, covariance)
-        tally.lr = _set_learning_rate(optimizer, recipe, state, loader)
+        step = state.epoch * steps_per_epoch + state.offset // loader.global_batch_size
+        tally.lr = learning_rate(recipe.optim, step, steps_per_epoch, recipe.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = tally.lr
         tally.loss += _step(net, model, batch, recipe, optimizer) * len(batch)
         state.offset += loader.global_batch_size
         guard.after_step()
@@ -244,16 +247,6 @@ def _steps_left(loader: Loader, state: State) -> int:
     if state.offset == 0:
         return loader.steps_per_epoch
     return (loader.source.manifest.num_rows("train") - state.offset) // loader.global_batch_size
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, state: State, loader: Loader) -> float:
-    """Let the learning rate follow the position, in steps of as many workers as there are now."""
-    steps = loader.steps_per_epoch
-    step = state.epoch * steps + state.offset // loader.global_batch_size
-    lr = learning_rate(recipe.optim, step, steps, recipe.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def _seed_step(seed: int, state: State) -> None:
