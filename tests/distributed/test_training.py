@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from pipeline import imaging, models
-from pipeline.config import validate
+from pipeline.config import parse, validate
 from pipeline.data import shards
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
@@ -100,16 +100,14 @@ def test_training_on_two_ray_workers_learns_and_leaves_a_bundle(source: shards.S
     assert made.card.classes == ("dark", "bright")
     assert made.card.provenance == {"commit": "abc", "dataset_digest": "d"}
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["bundle", "checkpoints"]
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
-        "epoch-0003.pt",
-        "epoch-0004.pt",
-    ]
+    assert launch.store_of(tmp_path / "run").positions() == [(3, 0), (4, 0)]
     with pytest.raises(ConfigError, match="holds an earlier run"):
         launch.check_folder(tmp_path / "run", resume=False)
 
     diverging = validate(Recipe, PLAIN | {"optim": {"lr": 1e30}, "loading": {"batch_size": 4}})
-    with pytest.raises(ModelError, match="the training loss became"):
-        launch.train(tmp_path / "bad", source, diverging, launch.Cluster(num_workers=2, max_failures=0))
+    with pytest.raises(ModelError, match="the training loss became") as error:
+        launch.train(tmp_path / "bad", source, diverging, launch.Cluster(num_workers=2, max_failures=9))
+    assert error.value.__cause__ is None  # no worker has failed for Ray, which would have started all anew, nine times
     assert not (tmp_path / "bad" / "bundle").exists()
 
 
@@ -123,3 +121,19 @@ def test_gpu_workers_ask_for_one_gpu_each() -> None:
     scaling = launch.scaling(launch.Cluster(num_workers=2, cpus_per_worker=3, gpu=True))
     assert (scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker) == (2, True, {"CPU": 3, "GPU": 1})
     assert launch.scaling(launch.Cluster()).resources_per_worker == {"CPU": 1}
+
+
+def test_number_of_workers_may_move_between_two_bounds() -> None:
+    assert launch.scaling(launch.Cluster(num_workers=4, min_workers=2)).num_workers == (2, 4)
+    with pytest.raises(ConfigError, match="min_workers is 5, more than num_workers, 4"):
+        parse(launch.Cluster, {"num_workers": 4, "min_workers": 5}, "here")
+
+
+def test_folder_of_a_run_is_neither_begun_anew_nor_resumed_by_accident(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run to resume; leave resume out to start anew"):
+        launch.check_folder(tmp_path, resume=True)
+    launch.check_folder(tmp_path, resume=False)
+    (tmp_path / launch.RECORD).write_text("{}")
+    with pytest.raises(ConfigError, match="holds an earlier run; choose another name, delete it, or set resume=true"):
+        launch.check_folder(tmp_path, resume=False)
+    launch.check_folder(tmp_path, resume=True)

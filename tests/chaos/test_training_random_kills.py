@@ -1,0 +1,152 @@
+"""Trainings whose workers and nodes die at random moments; run by `make chaos` only.
+
+The moments come from a fixed seed, but a machine is never twice equally fast: a failure names the attempt, not a way to
+repeat it. States that can be named have their tests in tests/integration/test_training_faults.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs._process import Service
+from pipeline.config import validate
+from pipeline.data import shards
+from pipeline.inference.bundle import Bundle, load
+from pipeline.training import launch
+from pipeline.training.checkpoint import Config
+from pipeline.training.loop import Recipe
+
+PATIENCE_S = 600.0
+NUM_KILLS = 6
+RECIPE: dict[str, Any] = {
+    "model": {"name": "lenet5"},
+    "loading": {"batch_size": 4, "num_tasks": 0},
+    "augment": {"crop": "none", "flip": True},
+    "optim": {"lr": 0.02},
+    "epochs": 120,
+}
+EVERY_THIRD = Config(every_steps=3)
+
+
+def train(folder: Path, source: shards.Shards, **keys: Any) -> Bundle:
+    cluster = launch.Cluster(**{"num_workers": 2, "max_failures": 2 * NUM_KILLS, **keys})
+    return launch.train(folder, source, validate(Recipe, RECIPE), cluster, checkpoints=EVERY_THIRD)
+
+
+@contextmanager
+def training(folder: Path, source: shards.Shards, **keys: Any) -> Iterator[Future[Bundle]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(train, folder, source, **keys)
+
+
+def draws(folder: Path) -> int:
+    """How far the newest checkpoint is."""
+    positions = launch.store_of(folder).positions()
+    return positions[-1].epoch * 40 + positions[-1].offset if positions else 0
+
+
+def wait_beyond(folder: Path, mark: int, result: Future[Bundle]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while draws(folder) <= mark and not result.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, stripes: shards.Shards, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", stripes)
+
+
+def test_workers_killed_at_random_moments_change_no_bit(
+    undisturbed: Bundle, ray_head: Service, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    draw, num_killed = random.Random(0), 0
+    with training(tmp_path / "run", stripes) as result:
+        for _ in range(NUM_KILLS):
+            wait_beyond(tmp_path / "run", draws(tmp_path / "run"), result)
+            time.sleep(draw.uniform(0, 1))
+            below = psutil.Process(ray_head.pid).children(recursive=True)
+            workers = [process for process in below if "RayTrainWorker" in "".join(process.cmdline())]
+            if workers and not result.done():
+                draw.choice(workers).kill()
+                num_killed += 1
+        made = result.result(PATIENCE_S)
+    assert num_killed >= 3, "it was over too soon: raise epochs"
+    assert made.card.weights_sha256 == undisturbed.card.weights_sha256
+
+
+def lose_a_node(source: Path, folder: Path, keys: dict[str, Any], is_replaced: bool) -> None:
+    """Train on a cluster of two nodes in a process of its own; the second node goes inside an epoch."""
+    os.setsid()  # Ray signals whole groups of processes
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_health_check_failure_threshold": "2",
+        "RAY_health_check_period_ms": "500",
+    }
+    import ray  # noqa: PLC0415
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": home})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        with training(folder, shards.load(source), **keys) as result:
+            wait_beyond(folder, 3 * 40 + 10, result)
+            cluster.remove_node(second, allow_graceful=False)
+            assert not result.done()
+            if is_replaced:
+                cluster.add_node(num_cpus=1)
+            result.result(PATIENCE_S)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def lost_a_node(source: shards.Shards, folder: Path, *, is_replaced: bool, **keys: Any) -> Bundle:
+    process = multiprocessing.get_context("spawn").Process(
+        target=lose_a_node, args=(source.path, folder, keys, is_replaced)
+    )
+    process.start()
+    process.join(PATIENCE_S)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+    return load(folder / "bundle")
+
+
+def test_node_that_is_lost_and_replaced_changes_no_bit(
+    undisturbed: Bundle, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    made = lost_a_node(stripes, tmp_path / "run", is_replaced=True)
+    assert made.card.weights_sha256 == undisturbed.card.weights_sha256
+
+
+def test_run_with_a_range_of_workers_goes_on_without_a_lost_node(
+    undisturbed: Bundle, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    made = lost_a_node(stripes, tmp_path / "run", is_replaced=False, min_workers=1)
+    assert made.card.weights_sha256 != undisturbed.card.weights_sha256  # smaller batches since then
+    assert made.card.metrics["val/top1"] > 0.9
+    newest = launch.store_of(tmp_path / "run").newest("cpu")
+    assert newest is not None
+    assert len(newest.progress["history"]) == RECIPE["epochs"]

@@ -1,0 +1,206 @@
+"""Trainings in which something dies: worker, driver, disk. Each goes on inside its epoch and ends with the same bits.
+
+`make chaos` adds lost nodes and random moments; tests/distributed/test_resume.py has the same without Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from jobs._process import Service
+from pipeline import models
+from pipeline.config import validate
+from pipeline.data import shards
+from pipeline.data.loading import Loader
+from pipeline.errors import DataError
+from pipeline.inference.bundle import Bundle, load
+from pipeline.training import launch
+from pipeline.training.checkpoint import Config, Store
+from pipeline.training.loop import Recipe, fit
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 240.0
+CAP_SYS_ADMIN = 1 << 21
+RECIPE: dict[str, Any] = {
+    "model": {"name": "lenet5"},
+    "loading": {"batch_size": 4, "num_tasks": 0},
+    "augment": {"crop": "none", "flip": True},
+    "optim": {"lr": 0.02, "warmup_epochs": 1},
+    "epochs": 24,
+}
+"""5 steps an epoch on two workers; with a checkpoint after each there is time to kill somebody."""
+EVERY_STEP = Config(every_steps=1)
+BY_CLOCK = {"images_per_s", "data_wait_share"}
+
+
+def wait_for(what: Callable[[], object], alive: Callable[[], bool] = lambda: True) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        assert alive(), "it ended before"
+        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s in vain"
+        time.sleep(0.02)
+
+
+def is_inside_an_epoch(folder: Path, epoch: int) -> bool:
+    """Whether a checkpoint lies inside an epoch from this one on."""
+    return any(at.epoch >= epoch and at.offset > 0 for at in launch.store_of(folder).positions())
+
+
+def exact(made: Bundle) -> tuple[str, dict[str, float]]:
+    """All that does not depend on the clock."""
+    metrics = {name: value for name, value in made.card.metrics.items() if name not in BY_CLOCK}
+    return made.card.weights_sha256, metrics
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    newest = launch.store_of(folder).newest("cpu")
+    assert newest is not None
+    return [{key: value for key, value in old.items() if key not in BY_CLOCK} for old in newest.progress["history"]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, stripes: shards.Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to, on two workers."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    launch.train(folder, stripes, validate(Recipe, RECIPE), launch.Cluster(num_workers=2))
+    return folder
+
+
+def training_workers(head: Service) -> list[psutil.Process]:
+    below = psutil.Process(head.pid).children(recursive=True)
+    return [process for process in below if "RayTrainWorker" in "".join(process.cmdline())]
+
+
+def test_worker_that_is_killed_inside_an_epoch_changes_no_bit(
+    undisturbed: Path, ray_head: Service, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with ThreadPoolExecutor(1) as pool:
+        cluster = launch.Cluster(num_workers=2, max_failures=1)
+        result = pool.submit(
+            launch.train, folder, stripes, validate(Recipe, RECIPE), cluster, checkpoints=EVERY_STEP
+        )
+        wait_for(lambda: is_inside_an_epoch(folder, 1), lambda: not result.done())
+        training_workers(ray_head)[-1].kill()
+        reached = launch.store_of(folder).positions()[-1]
+        made = result.result(PATIENCE_S)
+    assert reached.epoch < RECIPE["epochs"] - 1
+    assert exact(made) == exact(load(undisturbed / "bundle"))
+    assert history(folder) == history(undisturbed)
+
+
+def start_job(storage: Path, source: shards.Shards, head: Service, server: Service, *more: str) -> subprocess.Popen[str]:
+    """The job in a process of its own, on a Ray head and an MLflow server that outlive it."""
+    keys = {
+        "name": "run",
+        "storage": storage,
+        "training.shards": source.path,
+        "training.checkpoints.every_steps": 1,
+        "training.cluster.num_workers": 2,
+        "training.tracking.experiment": "faults",
+        "training.recipe.model.name": "lenet5",
+        "training.recipe.loading": RECIPE["loading"],
+        "training.recipe.augment": {"crop": "none", "flip": "true"},
+        "training.recipe.optim": RECIPE["optim"],
+        "training.recipe.epochs": RECIPE["epochs"],
+    }
+    words = [f"{key}={str(value).replace(chr(39), '')}" for key, value in keys.items()]
+    environment = {**os.environ, **head.env, "RAY_ADDRESS": head.address, "MLFLOW_TRACKING_URI": server.address}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", *words, *more],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_job_that_is_stopped_and_then_killed_goes_on_when_it_is_resumed(
+    undisturbed: Path, ray_head: Service, mlflow_server: Service, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "run"
+    begun_at, resume = 0, list[str]()
+    for how, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):  # `ray job stop` sends SIGTERM
+        with start_job(tmp_path, stripes, ray_head, mlflow_server, *resume) as job:
+            wait_for(lambda: is_inside_an_epoch(folder, begun_at + 1), lambda: job.poll() is None)  # noqa: B023
+            job.send_signal(how)
+            said, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == code, said
+        begun_at, resume = launch.store_of(folder).positions()[-1].epoch, ["training.resume=true"]
+        wait_for(lambda: not training_workers(ray_head))
+        assert not (folder / "bundle").exists()
+
+    with start_job(tmp_path, stripes, ray_head, mlflow_server) as job:
+        said, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 2
+    assert "holds an earlier run; choose another name, delete it, or set resume=true" in said
+
+    with start_job(tmp_path, stripes, ray_head, mlflow_server, *resume) as job:
+        said, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, said
+    assert exact(load(folder / "bundle"))[0] == exact(load(undisturbed / "bundle"))[0]
+    assert history(folder) == history(undisturbed)
+
+    nowhere = {"address": "http://127.0.0.1:9"}
+    gone = Service(**{**vars(ray_head), **nowhere})
+    with start_job(tmp_path, stripes, gone, mlflow_server, *resume) as job:  # nothing is left to do: no Ray is asked
+        again, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, again
+    assert [line for line in again.splitlines() if line.startswith(("val", "bundle", "run"))] == [
+        line for line in said.splitlines() if line.startswith(("val", "bundle", "run"))
+    ]
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def can_mount() -> bool:
+    (found,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")]
+    return bool(int(found.split()[1], 16) & CAP_SYS_ADMIN)
+
+
+def alone(source: shards.Shards, store: Store | None) -> dict[str, torch.Tensor]:
+    """The weights after three epochs on one process."""
+    recipe = validate(Recipe, RECIPE | {"model": {"name": "lenet5", "num_classes": 2}, "epochs": 3})
+    torch.manual_seed(0)
+    model = models.build(recipe.model)
+    fit(model, Loader(source, model.spec, recipe.loading, augment=recipe.augment), recipe, checkpoints=store)
+    return model.state_dict()
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs rights that this process lacks")
+def test_full_disk_is_one_sentence_and_enlarged_the_run_goes_on(stripes: shards.Shards, tmp_path: Path) -> None:
+    expected, disk = alone(stripes, None), tmp_path / "disk"
+    with small_disk(disk, "1300k"):  # two checkpoints of 490 kB, and half of a third
+        store = Store(str(disk / "checkpoints"), Config(every_steps=4))
+        with pytest.raises(DataError, match=r"offset-\d+: cannot be written: No space left on device; free") as error:
+            alone(stripes, store)
+        assert len(str(error.value).splitlines()) == 1
+        assert store.positions() == [(0, 16), (0, 32)]
+        assert sorted(path.name for path in Path(store.folder).iterdir()) == [at.name for at in store.positions()]
+        for at in store.positions():
+            store.load(at, "cpu")
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        resumed = alone(stripes, store)
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
