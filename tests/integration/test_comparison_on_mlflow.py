@@ -127,7 +127,7 @@ def test_compare_runs_models_and_aliases_name_the_same_evidence(zoo: Zoo) -> Non
     assert [group.name for group in by_model.verdict.ranked] == [f"{MODEL}/2", f"{MODEL}/1"]
     assert [each.p for each in by_run.verdict.contrasts] == [each.p for each in by_model.verdict.contrasts]
     trial = by_run.verdict.leader.trials[0]
-    assert trial.curves["train/loss"] == ((1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)))
+    assert trial.curves["train/loss"] == ((1, 1.0), (2, 0.5), (3, 1 / 3))
     assert trial.metrics["final/val/top1"] == pytest.approx(trial.value("top1"))
 
 

@@ -143,6 +143,7 @@ def test_judge_a_clear_difference_names_the_champion_and_both_witnesses() -> Non
     assert contrast.images
     assert contrast.mcnemar_p == pytest.approx(2 / 2**40)
     assert contrast.seeds_p is not None
+    assert contrast.mcnemar_p is not None
     assert contrast.p == max(contrast.images.p, contrast.mcnemar_p, contrast.seeds_p)
     assert found.sentence().startswith(
         "net-relu should be champion (its best run: net-relu-s0): mean top-1 94.75 %, 10.00 points above net-tanh "

@@ -1,5 +1,6 @@
-"""Runs that differ in nothing but their seed are one group: its mean says what a recipe gives, its spread how far to
-trust one run of it.
+"""Runs that differ in nothing but their seed are one group: its mean says what a recipe gives.
+
+Its spread says how far a single run of it is to be trusted.
 """
 
 from __future__ import annotations

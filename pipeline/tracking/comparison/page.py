@@ -89,10 +89,7 @@ def _answer(verdict: Verdict, notes: Sequence[str]) -> str:
         kind, facts = "refused", "The runs were evaluated on different data: see the list of runs."
     sentence = escape(verdict.sentence()).replace(" %", "&nbsp;%")
     lines = "".join(f'<p class="small">{escape(note)}</p>' for note in notes)
-    return (
-        f'<section class="answer {kind}"><h1>{sentence}</h1>'
-        f'<p class="small">{escape(facts)}</p>{lines}</section>\n'
-    )
+    return f'<section class="answer {kind}"><h1>{sentence}</h1><p class="small">{escape(facts)}</p>{lines}</section>\n'
 
 
 def _values(verdict: Verdict) -> str:
@@ -121,9 +118,9 @@ def _tests(verdict: Verdict) -> str:
         )
     head = ["", "behind by", "95 % interval", "p McNemar", "p bootstrap", "p seeds", "p, all", "difference"]
     explained = (
-        f"Each group against {verdict.leader.name}. Over images: McNemar's exact test between the typical runs, and the "
-        "bootstrap of paired images over all seeds, which gives the interval too. Over seeds: Welch's t test, where "
-        "both sides have several. The last p is the weakest of them, raised for the number of groups (Holm); a "
+        f"Each group against {verdict.leader.name}. Over images: McNemar's exact test between the typical runs, and "
+        "the bootstrap of paired images over all seeds, which gives the interval too. Over seeds: Welch's t test, "
+        "where both sides have several. The last p is the weakest of them, raised for the number of groups (Holm); a "
         f"difference counts as real where it is below {verdict.alpha:g}."
     )
     return _section("How sure", _table(head, rows, left=(0, 7)) + f'<p class="small">{escape(explained)}</p>')
