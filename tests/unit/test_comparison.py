@@ -261,7 +261,12 @@ class Checked(HTMLParser):
 
 
 def test_page_answers_first_and_needs_nothing_from_outside() -> None:
-    found = conclude("http://127.0.0.1:5000", two_recipes(60), Config())
+    cluster = {"relu": "2", "tanh": "[1, 4]"}
+    trials = [
+        replace(each, params={**each.params, "cluster.num_workers": cluster[each.params["recipe.model.activation"]]})
+        for each in two_recipes(60)
+    ]
+    found = conclude("http://127.0.0.1:5000", trials, Config())
     page = found.html()
     checked = Checked(page)
     assert checked.text.strip().splitlines()[0].replace("\xa0", " ") == found.verdict.sentence()
@@ -271,6 +276,8 @@ def test_page_answers_first_and_needs_nothing_from_outside() -> None:
         assert expected in checked.text, expected
     assert "recipe.seed" not in checked.text
     assert "cat <b>" in checked.text  # a class name is text, never markup
+    for shown in ("2 CPU", "0.05", "[1, 4]"):  # two workers for 90 s; a range of workers costs what nobody knows
+        assert shown in checked.text, shown
     for drawing in re.findall(r"<svg.*?</svg>", page):
         ET.fromstring(drawing)
     assert checked.tags.count("svg") == 3  # values, one curve that was logged, classes

@@ -59,6 +59,11 @@ class Group:
         """What the runs logged under a name; those without it are left out."""
         return [trial.metrics[key] for trial in self.trials if key in trial.metrics]
 
+    def averaged(self, key: str) -> list[float]:
+        """The mean over all epochs of what the runs logged in each; those without it are left out."""
+        curves = [trial.curves.get(key, ()) for trial in self.trials]
+        return [float(np.mean([value for _, value in curve])) for curve in curves if curve]
+
 
 @dataclass(frozen=True)
 class Difference:
