@@ -2,6 +2,8 @@
 
 Both must have been evaluated on the same data, image by image; the difference must be large enough and real by the
 weaker of its tests (`comparison.significance`). Why an alias moved, also past a gate, is written to the version.
+
+MLflow cannot compare and set: of two promotions in one moment both may pass, and the later one stays.
 """
 
 from __future__ import annotations
@@ -98,6 +100,8 @@ def decide(uri: str, candidate: Version, holder: Version | None, gate: Gate) -> 
     if pair is None:
         return Decision(False, _no_pair((candidate, holder), said, gate.split))
     ours, other = (evidence.complete(uri, trial) for trial in pair)
+    if ours.predictions is None or other.predictions is None:
+        return Decision(False, f"the predictions of {_name(candidate)} or {_name(holder)} were deleted; evaluate again")
     seeds = _seeds(uri, _own_run(candidate, mine), _own_run(holder, theirs), gate, ours.digest)
     try:
         sides = Group(_name(candidate), (ours,)), Group(_name(holder), (other,))

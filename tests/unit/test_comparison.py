@@ -143,6 +143,7 @@ def test_judge_a_clear_difference_names_the_champion_and_both_witnesses() -> Non
     assert contrast.images
     assert contrast.mcnemar_p == pytest.approx(2 / 2**40)
     assert contrast.seeds_p is not None
+    assert contrast.mcnemar_p is not None
     assert contrast.p == max(contrast.images.p, contrast.mcnemar_p, contrast.seeds_p)
     assert found.sentence().startswith(
         "net-relu should be champion (its best run: net-relu-s0): mean top-1 94.75 %, 10.00 points above net-tanh "
@@ -260,7 +261,12 @@ class Checked(HTMLParser):
 
 
 def test_page_answers_first_and_needs_nothing_from_outside() -> None:
-    found = conclude("http://127.0.0.1:5000", two_recipes(60), Config())
+    cluster = {"relu": "2", "tanh": "[1, 4]"}
+    trials = [
+        replace(each, params={**each.params, "cluster.num_workers": cluster[each.params["recipe.model.activation"]]})
+        for each in two_recipes(60)
+    ]
+    found = conclude("http://127.0.0.1:5000", trials, Config())
     page = found.html()
     checked = Checked(page)
     assert checked.text.strip().splitlines()[0].replace("\xa0", " ") == found.verdict.sentence()
@@ -270,6 +276,8 @@ def test_page_answers_first_and_needs_nothing_from_outside() -> None:
         assert expected in checked.text, expected
     assert "recipe.seed" not in checked.text
     assert "cat <b>" in checked.text  # a class name is text, never markup
+    for shown in ("2 CPU", "0.05", "[1, 4]"):  # two workers for 90 s; a range of workers costs what nobody knows
+        assert shown in checked.text, shown
     for drawing in re.findall(r"<svg.*?</svg>", page):
         ET.fromstring(drawing)
     assert checked.tags.count("svg") == 3  # values, one curve that was logged, classes

@@ -13,8 +13,19 @@ from pipeline.evaluation.curves import (
     reliability,
 )
 from pipeline.evaluation.report import evidence_metrics
-from pipeline.tracking.predictions import Predictions
-from tests.unit.test_predictions import made_up, origin_of
+from pipeline.tracking.predictions import Origin, Predictions
+
+
+def origin_of(num_classes: int) -> Origin:
+    classes = tuple(f"class {label}" for label in range(num_classes))
+    return Origin(split="val", dataset="made up", dataset_digest="d", weights_sha256="w" * 64, classes=classes)
+
+
+def made_up(num_images: int, num_classes: int) -> Predictions:
+    rng = np.random.default_rng(0)
+    scores = rng.dirichlet(np.ones(num_classes), num_images).astype(np.float32)
+    ids = [f"{number:05d}" for number in range(num_images)]
+    return Predictions.of(origin_of(num_classes), ids, rng.integers(0, num_classes, num_images), scores)
 
 
 @pytest.mark.parametrize("digits", [1, 6], ids=["many ties", "few ties"])

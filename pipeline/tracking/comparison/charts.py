@@ -71,7 +71,7 @@ def dots(rows: Sequence[Row], label: str, width: int = 860) -> str:
     return _svg(width, height, parts)
 
 
-def curves(series: Sequence[Series], title: str, width: int = 280, height: int = 200) -> str:
+def curves(series: Sequence[Series], title: str, width: int = 275, height: int = 200) -> str:
     """Every run as a thin line, the mean of each group over the steps that all its runs have as a thick one."""
     points = [point for one in series for curve in one.curves for point in curve if math.isfinite(point[1])]
     if not points:
@@ -98,16 +98,16 @@ def bars(rows: Sequence[Bar], label: str, width: int = 860) -> str:
     if not rows:
         return ""
     largest = max(*(abs(row.value) for row in rows), 1e-9)
-    left, height = _label_width([row.name for row in rows]), 22 * len(rows) + 34
+    left, height = _label_width([row.name for row in rows]), 22 * len(rows) + 40
     scale = _Scale(-largest * 1.02, largest * 1.02, left, width - 190)
-    parts = _vertical_axis(scale, height - 28, label, (left + width - 190) / 2)
+    parts = _vertical_axis(scale, height - 34, label, (left + width - 190) / 2)
     for place, row in enumerate(rows):
         y, x = 22 * place + 8, sorted((scale(0), scale(row.value)))
         parts.append(_text(left - 10, y + 11, row.name, anchor="end"))
         fill = GOOD if row.value > 0 else BAD
         parts.append(f'<rect x="{x[0]:.1f}" y="{y}" width="{x[1] - x[0]:.1f}" height="14" rx="2" fill="{fill}"/>')
         parts.append(_text(width - 180, y + 11, row.note, fill=FAINT, size=11))
-    parts.append(_line(scale(0), 0, scale(0), height - 28, INK))
+    parts.append(_line(scale(0), 0, scale(0), height - 34, INK))
     return _svg(width, height, parts)
 
 

@@ -1,5 +1,6 @@
-"""Runs that differ in nothing but their seed are one group: its mean says what a recipe gives, its spread how far to
-trust one run of it.
+"""Runs that differ in nothing but their seed are one group: its mean says what a recipe gives.
+
+Its spread says how far a single run of it is to be trusted.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class Group:
     def logged(self, key: str) -> list[float]:
         """What the runs logged under a name; those without it are left out."""
         return [trial.metrics[key] for trial in self.trials if key in trial.metrics]
+
+    def averaged(self, key: str) -> list[float]:
+        """The mean over all epochs of what the runs logged in each; those without it are left out."""
+        curves = [trial.curves.get(key, ()) for trial in self.trials]
+        return [float(np.mean([value for _, value in curve])) for curve in curves if curve]
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,9 @@ def _tests(verdict: Verdict) -> str:
         )
     head = ["", "behind by", "95 % interval", "p McNemar", "p bootstrap", "p seeds", "p, all", "difference"]
     explained = (
-        f"Each group against {verdict.leader.name}. Over images: McNemar's exact test between the typical runs, and the "
-        "bootstrap of paired images over all seeds, which gives the interval too. Over seeds: Welch's t test, where "
-        "both sides have several. The last p is the weakest of them, raised for the number of groups (Holm); a "
+        f"Each group against {verdict.leader.name}. Over images: McNemar's exact test between the typical runs, and "
+        "the bootstrap of paired images over all seeds, which gives the interval too. Over seeds: Welch's t test, "
+        "where both sides have several. The last p is the weakest of them, raised for the number of groups (Holm); a "
         f"difference counts as real where it is below {verdict.alpha:g}."
     )
     return _section("How sure", _table(head, rows, left=(0, 7)) + f'<p class="small">{escape(explained)}</p>')
@@ -223,21 +223,20 @@ def _gallery(title: str, kind: str, rows: Sequence[int], total: int, wrong: Tria
 def _cost(ranked: Sequence[Group]) -> str:
     rows = []
     for group in ranked:
-        workers = [int(trial.params.get("cluster.num_workers", "1")) for trial in group.trials]
-        seconds = [trial.seconds for trial in group.trials]
-        hours = sum(time * count for time, count in zip(seconds, workers, strict=True)) / len(seconds) / 3600
-        gpu = group.trials[0].params.get("cluster.gpu") == "true"
-        speed = [float(np.mean([value for _, value in curve])) for curve in _histories(group, "images_per_s")]
-        waits = [float(np.mean([value for _, value in curve])) for curve in _histories(group, "data_wait_share")]
+        workers = {trial.params.get("cluster.num_workers", NONE) for trial in group.trials}
+        seconds = float(np.mean([trial.seconds for trial in group.trials]))
+        known = len(workers) == 1 and min(workers).isdecimal()  # evaluations have none, elastic runs a range
+        kind = "GPU" if group.trials[0].params.get("cluster.gpu") == "true" else "CPU"
+        speed, waits = group.averaged("images_per_s"), group.averaged("data_wait_share")
         hosts = sorted({trial.tags.get("host", NONE) for trial in group.trials})
         rows.append(
             [
                 _named(ranked, group),
                 f"{np.mean(speed):,.0f}" if speed else NONE,
                 f"{np.mean(waits):.1%}" if waits else NONE,
-                f"{np.mean(seconds):,.0f}",
-                f"{workers[0]} {'GPU' if gpu else 'CPU'}",
-                f"{hours:.3g}",
+                f"{seconds:,.0f}",
+                f"{min(workers)} {kind}" if known else escape(", ".join(sorted(workers))),
+                f"{seconds * int(min(workers)) / 3600:.3g}" if known else NONE,
                 escape(", ".join(hosts)),
             ]
         )

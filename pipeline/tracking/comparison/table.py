@@ -41,7 +41,7 @@ _HEAD = ["group", "runs", "seeds", "metric", "mean", "+-", "images/s", "seconds"
 
 def _row(verdict: Verdict, group: Group) -> list[str]:
     std = group.std(verdict.metric)
-    speed = group.logged("images_per_s")
+    speed = group.averaged("images_per_s")
     return [
         group.name,
         str(len(group.trials)),
