@@ -43,7 +43,7 @@ def check(augment: classify.Augment, spec: InputSpec) -> None:
     asked = [key for key in keys if getattr(augment, key)]
     if asked:
         raise ConfigError(
-            f"loading.decode: gpu crops and flips, but does not know augment.{', augment.'.join(asked)}; "
+            f"loading.decode: gpu crops and flips, but knows no augment.{', augment.'.join(asked)}; "
             "leave that out, or set loading.decode to cpu"
         )
     if spec.num_channels != 3:
