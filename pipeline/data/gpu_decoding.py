@@ -43,7 +43,7 @@ def check(augment: classify.Augment, spec: InputSpec) -> None:
     asked = [key for key in keys if getattr(augment, key)]
     if asked:
         raise ConfigError(
-            f"loading.decode: gpu crops and flips, but does not know augment.{', augment.'.join(asked)}; "
+            f"loading.decode: gpu crops and flips, but knows no augment.{', augment.'.join(asked)}; "
             "leave that out, or set loading.decode to cpu"
         )
     if spec.num_channels != 3:
@@ -73,7 +73,7 @@ class Decoder:
         self.device = torch.device(device)
         _require(self.device)
         self._spec, self._augment, self._decoding = spec, augment, decoding
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def batch(
         self, encoded: Sequence[bytes], rngs: Iterable[np.random.Generator], on_cpu: Callable[[int], UInt8Array]
@@ -90,7 +90,8 @@ class Decoder:
             for image, picture, rng in zip(images, self._decode(encoded, on_cpu), rngs, strict=True):
                 view = classify.draw(picture.seen_hw, self._spec, self._augment, rng)
                 image.copy_(_show(picture.pixels, view, self._spec.size_hw))
-            self._wait()
+            if self._stream is not None:
+                self._stream.synchronize()
         return images
 
     @property
@@ -119,7 +120,8 @@ class Decoder:
         try:
             return _torchvision_decode(jpegs, self.device)
         except RuntimeError:
-            self._wait()
+            if self._stream is not None:  # what failed may still write to memory that it has given back
+                torch.cuda.synchronize(self.device)
             half = len(jpegs) // 2
             return [*self._decode_jpegs(jpegs[:half]), *self._decode_jpegs(jpegs[half:])] if half else [None]
 
@@ -131,10 +133,6 @@ class Decoder:
         which stream reads it next.
         """
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
 
 class _Picture(NamedTuple):

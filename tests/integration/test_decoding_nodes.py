@@ -1,0 +1,114 @@
+"""Where Ray decodes: on the nodes whose labels a run asks for, on any node where there are none."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PosixPath
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.data import shards
+from pipeline.data.loading import Config, Loader
+from pipeline.types import InputSpec
+
+SPEC = InputSpec(size_hw=(28, 28))
+RAY = Config(batch_size=4, reader="ray", num_tasks=3, batches_per_read=1)
+TIMEOUT_S = 180
+
+
+class Watched(PosixPath):
+    """A folder that notes by which node something in it is asked for, in a folder of notes beside it."""
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> Watched:
+        import ray  # noqa: PLC0415
+
+        (Path(str(self)).with_name("notes") / ray.get_runtime_context().get_node_id()).touch()
+        return super().__truediv__(name)
+
+    def take_notes(self) -> set[str]:
+        """The nodes since the last time."""
+        notes = list(Path(str(self)).with_name("notes").iterdir())
+        for note in notes:
+            note.unlink()
+        return {note.name for note in notes}
+
+
+@contextmanager
+def head_of_its_own(num_cpus: int) -> Iterator[object]:
+    """A cluster that knows nothing of any other Ray; for a process that does nothing else."""
+    os.setsid()  # Ray signals whole groups of processes
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
+    os.environ["RAY_TMPDIR"] = home  # where Cluster notes its address, in a folder that must be there
+    Path(home, "ray").mkdir()
+    import ray  # noqa: PLC0415
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "temp_dir": home})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def train(folder: Path, config: Config) -> list[Batch]:
+    return list(Loader(shards.Shards(folder, shards.load(Path(str(folder))).manifest), SPEC, config, seed=2).train(1))
+
+
+def check_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right) == 10
+    for mine, theirs in zip(left, right, strict=True):
+        assert (mine.ids, mine.frames) == (theirs.ids, theirs.frames)
+        assert torch.equal(mine.images, theirs.images)
+        assert mine.targets is not None
+        assert theirs.targets is not None
+        assert torch.equal(mine.targets, theirs.targets)
+
+
+def decode_here_and_there(path: Path) -> None:
+    """First on a head alone, then beside a node for ingest."""
+    folder = Watched(path)
+    with head_of_its_own(num_cpus=1) as cluster:
+        expected = train(folder, RAY.model_copy(update={"reader": "local", "num_tasks": 0}))
+        folder.take_notes()
+        (head,) = nodes()
+        check_same(train(folder, RAY.model_copy(update={"num_tasks": 1})), expected)
+        assert folder.take_notes() == {head}
+        cluster.add_node(num_cpus=2, labels={"role": "ingest"})  # type: ignore[attr-defined]
+        (second,) = nodes() - {head}
+        check_same(train(folder, RAY), expected)
+        assert folder.take_notes() == {second}
+        check_same(train(folder, RAY.model_copy(update={"decode_on": {"role": "none"}})), expected)
+        assert folder.take_notes() == {head, second}
+
+
+def nodes() -> set[str]:
+    import ray  # noqa: PLC0415
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def test_decoding_moves_to_the_node_for_it_and_stays_anywhere_without(stripes: shards.Shards, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(stripes.path, tmp_path / "shards"))
+    (tmp_path / "notes").mkdir()
+    process = multiprocessing.get_context("spawn").Process(target=decode_here_and_there, args=(path,))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
