@@ -3,7 +3,8 @@
 A checkpoint is named by its position, `epoch-0003-offset-00012800`: three epochs are finished, and 12,800 draws of the
 fourth. It holds one file for each part of the state (`model.pt`, `optimizer.pt`, ...), `progress.json`, and last of all
 the commit marker `checkpoint.json` with the size and sha256 of every file: a folder without it is what an interrupted
-write has left. Files are read with `weights_only=True`: nothing is executed. What is in the parts is the loop's business.
+write has left. Files are read with `weights_only=True`: nothing is executed. What is in the parts is the loop's
+business.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
     tracking = config.tracking.model_copy(update={"run_name": config.tracking.run_name or name})
     tags = {"dataset_digest": source.manifest.digest, "seed": str(config.recipe.seed)}
     seconds: dict[str, float] = {}
-    with runs.start(uri, tracking, params=flatten(config), tags=tags) as run:
+    known = (runs.known(folder) or _recorded(folder)) if config.resume else None
+    with runs.start(uri, tracking, params=flatten(config), tags=tags, folder=folder, resume_id=known) as run:
         log.info("MLflow run %s", run.url)
         Record(run_id=run.id, run_url=run.url, recipe=recipe).write(folder)
         run.log_text("config.yaml", dump(config))
@@ -126,7 +127,8 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
                 config.cluster,
                 checkpoints=config.checkpoints,
                 provenance=_facts(source, run),
-                tracking=(uri, run.id),
+                is_tracked=True,
+                system_metrics=tracking.system_metrics,
             )
         with _timed(seconds, "evaluate"):
             reports = {split: _evaluate(made, source, split, folder, run) for split in config.evaluate}
@@ -134,6 +136,12 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
             version = _register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
     return Outcome(made, reports, run.url, version, seconds)
+
+
+def _recorded(folder: Path) -> str | None:
+    """The MLflow run of a folder that has lost its journal."""
+    record = Record.of(folder)
+    return record and record.run_id
 
 
 def _prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence[Path], uri: str) -> None:

@@ -54,13 +54,15 @@ def train(
     *,
     checkpoints: checkpoint.Config | None = None,
     provenance: dict[str, str] | None = None,
-    tracking: tuple[str, str] | None = None,
+    is_tracked: bool = False,
+    system_metrics: bool = False,
 ) -> Bundle:
     """Train on an initialised Ray, from the newest checkpoint of `folder` if there is one, and return the bundle.
 
     Args:
         folder: of this run, on storage that every worker reaches: bundle, and checkpoints where they are not elsewhere.
-        tracking: MLflow's address and the run's id.
+        is_tracked: `folder` holds the journal of an MLflow run, to which the workers write.
+        system_metrics: each node tells how busy it is.
 
     Raises:
         VentralError: what a worker raised.
@@ -72,7 +74,8 @@ def train(
         fitted(recipe.model, source),
         provenance or {},
         store_of(folder, checkpoints),
-        tracking,
+        is_tracked,
+        system_metrics,
     )
     trainer = ray.train.torch.TorchTrainer(
         work,

@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other, over `torch.distributed`; alone, each call is a plain function."""
+"""What the processes of one training tell each other over `torch.distributed`; alone, each call is a plain function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return the number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

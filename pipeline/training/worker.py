@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray.train
 import ray.train.torch
@@ -17,12 +18,13 @@ from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.inference import bundle
 from pipeline.models._contract import ClassifierConfig
+from pipeline.tracking import journal, system
 from pipeline.training import checkpoint, start
+from pipeline.training.checkpoint import Position
 from pipeline.training.guard import DivergedError
 from pipeline.training.loop import Epoch, Recipe, fit
 
-if TYPE_CHECKING:
-    from pipeline.tracking.runs import Run
+Observer = Callable[[Epoch], None]
 
 log = logging.getLogger("ventral.training")
 
@@ -35,7 +37,8 @@ class Assignment:
         folder: of the run; must be reachable from every node.
         model: the recipe's model, with the number of classes of the shards.
         checkpoints: of the run; must be reachable from every node.
-        tracking: MLflow's address and the run's id, for rank 0; None logs nowhere.
+        is_tracked: whether `folder` holds a journal, to which rank 0 tells what there is to say.
+        system_metrics: and the first worker of each node, how busy that is.
     """
 
     folder: Path
@@ -44,7 +47,8 @@ class Assignment:
     model: ClassifierConfig
     provenance: dict[str, str]
     checkpoints: checkpoint.Store
-    tracking: tuple[str, str] | None = None
+    is_tracked: bool = False
+    system_metrics: bool = False
 
 
 def work(config: dict[str, Assignment]) -> DivergedError | None:
@@ -75,18 +79,11 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
         world_size=world_size,
         device=device,
     )
-    run = _attach(*assignment.tracking) if assignment.tracking and rank == 0 else None
-
-    def observe(epoch: Epoch) -> None:
-        if rank == 0:
-            log.info("%s", describe(epoch))
-        if run is not None:
-            run.log_metrics(epoch.metrics, step=epoch.number)
-
-    try:
-        metrics = fit(model, loader, recipe, device=device, checkpoints=assignment.checkpoints, observe=observe)
-    except DivergedError as error:  # on every rank
-        return error
+    with _watched(assignment), _Teller(assignment, source) if rank == 0 else nullcontext(_say_nothing) as observe:
+        try:
+            metrics = fit(model, loader, recipe, device=device, checkpoints=assignment.checkpoints, observe=observe)
+        except DivergedError as error:  # on every rank
+            return error
     if rank == 0:
         bundle.save(
             assignment.folder / "bundle",
@@ -100,10 +97,44 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
     return None
 
 
-def _attach(uri: str, run_id: str) -> Run:
-    from pipeline.tracking import runs  # noqa: PLC0415  (MLflow takes seconds to import, and only rank 0 needs it)
+class _Teller:
+    """Tells people and the run's journal about every epoch; on rank 0."""
 
-    return runs.attach(uri, run_id)
+    def __init__(self, assignment: Assignment, source: shards.Shards) -> None:
+        self._store = assignment.checkpoints
+        self._measured_on = source.manifest.dataset, source.manifest.digest
+        self._writer = journal.Writer(assignment.folder / journal.FOLDER, "rank0") if assignment.is_tracked else None
+
+    def __enter__(self) -> Observer:
+        return self._tell
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _tell(self, epoch: Epoch) -> None:
+        """Before the checkpoint is committed: what lies before one is not said again when a run is resumed from it."""
+        log.info("%s", describe(epoch))
+        if self._writer is None:
+            return
+        name, step = Position(epoch.number).name, epoch.number
+        measured = {key: value for key, value in epoch.metrics.items() if key.startswith("val/")}
+        self._writer.checkpoint(name, step, {"path": f"{self._store.folder}/{name}"})
+        self._writer.metrics({key: epoch.metrics[key] for key in epoch.metrics if key not in measured}, step)
+        self._writer.metrics(measured, step, checkpoint=name, dataset=self._measured_on)
+        self._writer.sync()
+
+
+def _say_nothing(epoch: Epoch) -> None:
+    """What the other ranks have to tell."""
+
+
+def _watched(assignment: Assignment) -> AbstractContextManager[None]:
+    """Write down how busy this node is, once per node."""
+    context = ray.train.get_context()
+    if not (assignment.is_tracked and assignment.system_metrics) or context.get_local_rank() != 0:
+        return nullcontext()
+    return system.watched(assignment.folder, f"node{context.get_node_rank()}")
 
 
 def describe(epoch: Epoch) -> str:

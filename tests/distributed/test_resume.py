@@ -57,7 +57,7 @@ class Listed(Loader):
 
 
 def train_rank(rank: int, world_size: int, source: str, folder: str, name: str, changes: dict[str, Any]) -> None:
-    """One process of several; what it saw and what came out goes to files. `kills` is the step that one rank dies in."""
+    """One process of several; what it saw and what came out goes to files. In step `kills` one rank dies."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world_size)
     torch.set_num_threads(1)

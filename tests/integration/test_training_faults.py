@@ -90,9 +90,7 @@ def test_worker_that_is_killed_inside_an_epoch_changes_no_bit(
     folder = tmp_path / "run"
     with ThreadPoolExecutor(1) as pool:
         cluster = launch.Cluster(num_workers=2, max_failures=1)
-        result = pool.submit(
-            launch.train, folder, stripes, validate(Recipe, RECIPE), cluster, checkpoints=EVERY_STEP
-        )
+        result = pool.submit(launch.train, folder, stripes, validate(Recipe, RECIPE), cluster, checkpoints=EVERY_STEP)
         wait_for(lambda: is_inside_an_epoch(folder, 1), lambda: not result.done())
         training_workers(ray_head)[-1].kill()
         reached = launch.store_of(folder).positions()[-1]
@@ -102,7 +100,9 @@ def test_worker_that_is_killed_inside_an_epoch_changes_no_bit(
     assert history(folder) == history(undisturbed)
 
 
-def start_job(storage: Path, source: shards.Shards, head: Service, server: Service, *more: str) -> subprocess.Popen[str]:
+def start_job(
+    storage: Path, source: shards.Shards, head: Service, server: Service, *more: str
+) -> subprocess.Popen[str]:
     """The job in a process of its own, on a Ray head and an MLflow server that outlive it."""
     keys = {
         "name": "run",
