@@ -145,19 +145,19 @@ def write(uri: str, data: bytes | memoryview) -> None:
     """
     if is_remote(uri):
         filesystem, path = _filesystem(uri)
-        with filesystem.open_output_stream(path) as file:  # appears when it is closed
-            file.write(data)
+        with filesystem.open_output_stream(path) as stream:  # appears when it is closed
+            stream.write(data)
         return
-    path = Path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    local = Path(uri)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}")
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.rename(path)
-        _sync_folder(path.parent)
+        partial.rename(local)
+        _sync_folder(local.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -98,7 +98,7 @@ class Predictions:
     @property
     def ranks_all(self) -> bool:
         """Whether every class of every image has its score."""
-        return self.ranked.shape[1] == len(self.origin.classes)
+        return bool(self.ranked.shape[1] == len(self.origin.classes))
 
     def right(self, top: int = 1) -> BoolArray:
         """Whether the true class is among the best `top`, bool [N]."""

@@ -141,7 +141,7 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
 def _recorded(folder: Path) -> str | None:
     """The MLflow run of a folder that has lost its journal."""
     record = Record.of(folder)
-    return record and record.run_id
+    return None if record is None else record.run_id
 
 
 def _prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence[Path], uri: str) -> None:

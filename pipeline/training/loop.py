@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -282,7 +283,8 @@ class _Run:
         last bits of a sum over three or more ranks depend on the groups. So the first step is one whose gradients
         nobody uses: otherwise the first one after a resume would differ from the same step of an uninterrupted run.
         """
-        net, spec = DistributedDataParallel(self.model).train(), self.model.spec
+        net, spec = DistributedDataParallel(self.model), self.model.spec
+        net.train()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         images = torch.zeros(self.loader.config.batch_size, spec.num_channels, *spec.size_hw, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
@@ -290,7 +292,7 @@ class _Run:
         self.model.zero_grad(set_to_none=True)
         for buffer, value in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        return net
+        return cast(nn.Module, net)
 
 
 def _smooth(targets: Tensor, num_classes: int, share: float) -> Tensor:

@@ -87,6 +87,6 @@ def test_bucket_that_cannot_be_reached_is_one_clear_error(server: Any, monkeypat
     store = Store(f"s3://{BUCKET}/run")
     with pytest.raises(DataError, match=f"s3://{BUCKET}/run: cannot be listed: .*; check the path") as listing:
         store.newest("cpu")
-    with pytest.raises(DataError, match="epoch-0001-offset-00000000: cannot be written: .*resume=true") as writing:
+    with pytest.raises(DataError, match=r"epoch-0001-offset-00000000: cannot be written: .*resume=true") as writing:
         save(store, 1)
     assert [len(str(error.value).splitlines()) for error in (listing, writing)] == [1, 1]

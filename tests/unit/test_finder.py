@@ -91,7 +91,7 @@ def test_smoothed_losses_are_the_corrected_running_mean() -> None:
         layer,
         optimizer,
         repeat(Batch(torch.zeros(1, 3, 1, 1)), 3),
-        lambda _: layer.weight.sum() * 0 + next(losses),
+        lambda _: layer.weight.sum() * 0 + next(losses, 0.0),
         RangeTest(smoothing=0.5),
     )
     assert curve.losses == (4, 2, 1)

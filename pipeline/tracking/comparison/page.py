@@ -111,7 +111,7 @@ def _tests(verdict: Verdict) -> str:
                 _named(verdict.ranked, each.other),
                 points(each.difference),
                 f"{100 * low:+.2f} to {100 * high:+.2f}" if each.images else NONE,
-                *(_p(value) for value in (each.mcnemar_p, each.images and each.images.p, each.seeds_p)),
+                *(_p(value) for value in (each.mcnemar_p, each.images.p if each.images else None, each.seeds_p)),
                 f"<b>{_p(each.p)}</b>",
                 '<b class="good">real</b>' if each.holds(verdict.alpha) else "not shown",
             ]
@@ -183,9 +183,9 @@ def _classes(pair: Pair) -> str:
     rows = sorted(rows, key=lambda row: (-abs(row.value), row.name))
     shown = sorted(rows[:MAX_CLASSES], key=lambda row: -row.value)
     more = f" The {MAX_CLASSES} largest differences of {len(rows)} classes." if len(rows) > MAX_CLASSES else ""
-    label = "points of recall (mean over seeds)"
+    axis = "points of recall (mean over seeds)"
     intro = f"What {pair.later.name} finds of each class, against {pair.earlier.name}.{more}"
-    return _section("Class by class", f'<p class="small">{escape(intro)}</p>{charts.bars(shown, label)}')
+    return _section("Class by class", f'<p class="small">{escape(intro)}</p>{charts.bars(shown, axis)}')
 
 
 def _pictures(pair: Pair, verdict: Verdict, limit: int) -> str:

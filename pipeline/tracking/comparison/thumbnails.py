@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline import imaging
 from pipeline.data import lookup, shards
+from pipeline.data.transforms.resizing import resize_interleaved
 from pipeline.errors import DataError, ImageError
 from pipeline.tracking.comparison.evidence import Trial
 from pipeline.types import UInt8Array
@@ -38,7 +39,7 @@ def _thumbnail(data: bytes, decoding: imaging.Decoding) -> str:
         return ""
     shown, fitted = lookup.visible(image), _fitted(image)
     small = fitted == image.shape[:2]  # digits and icons: keep every pixel as it is
-    encoded = imaging.encode_png(shown) if small else imaging.encode_jpeg(imaging.resize(shown, fitted), quality=85)
+    encoded = imaging.encode_png(shown) if small else imaging.encode_jpeg(resize_interleaved(shown, fitted), quality=85)
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(encoded).decode()}"
 
 
