@@ -40,7 +40,8 @@ def test_average_of_one_weight_is_the_one_computed_by_hand() -> None:
 def test_averages_are_those_of_torchs_averaged_model() -> None:
     model = network()
     ema = Ema(model, Config(decay=0.9, warmup=False))
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    averaging = get_ema_multi_avg_fn(0.9)  # type: ignore[no-untyped-call]
+    theirs = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
     theirs.update_parameters(model)  # its first update only copies
     for seed in range(4):
         train(model, seed)

@@ -94,7 +94,7 @@ def test_smoothed_losses_are_the_corrected_running_mean() -> None:
         lambda _: layer.weight.sum() * 0 + next(losses, 0.0),
         RangeTest(smoothing=0.5),
     )
-    assert curve.losses == (4, 2, 1)
+    assert list(curve.losses) == [4, 2, 1]
     assert curve.smoothed == pytest.approx((4, (0.25 * 4 + 0.5 * 2) / 0.75, (0.125 * 4 + 0.25 * 2 + 0.5) / 0.875))
 
 

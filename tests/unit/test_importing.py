@@ -121,10 +121,11 @@ def test_class_names_come_from_a_file_and_must_be_as_many_as_outputs(tmp_path: P
 def test_class_names_of_torchvisions_weights_need_no_download(tmp_path: Path) -> None:
     wide = parse(models.config_of("lenet5"), {"num_classes": 1000}, "here")
     torch.save(models.build(wide).state_dict(), tmp_path / "lenet.pt")
-    given = {"model": {"name": "lenet5", "num_classes": 1000}, "classes": [], "classes_of": "VGG16_Weights.DEFAULT"}
-    assert bundle_from(config(**given), tmp_path, tmp_path / "made").card.classes[0] == "tench"
+    given: dict[str, Any] = {"model": {"name": "lenet5", "num_classes": 1000}, "classes": []}
+    made = bundle_from(config(**given, classes_of="VGG16_Weights.DEFAULT"), tmp_path, tmp_path / "made")
+    assert made.card.classes[0] == "tench"
     with pytest.raises(ConfigError, match="torchvision has no weights 'None_Weights"):
-        bundle_from(config(**given | {"classes_of": "None_Weights.X"}), tmp_path, tmp_path / "made")
+        bundle_from(config(**given, classes_of="None_Weights.X"), tmp_path, tmp_path / "made")
 
 
 @pytest.mark.parametrize(
