@@ -2,9 +2,9 @@
 
 The loop is plain torch on one CPU thread, every step of it is tracked, and the ways take turns in short blocks; only
 blocks of one round are divided by each other. `driver` is what a training does: the loop's process appends to the
-journal, another ships it. `thread` ships from the loop's own process, which then also has to import MLflow; that is
-measured apart.
-Run as `python -m pipeline.benchmark.tracking [rounds] [steps]`.
+journal, another ships it. `nothing` tracks nothing either: its ratio says what the machine's noise is. That the loop's
+process could ship by itself is not measured, only its first step: what it costs to import MLflow beside the loop.
+Run as `python -m pipeline.benchmark.tracking [rounds steps]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,11 +30,9 @@ from pipeline.benchmark.report import Spread, spread
 from pipeline.config import Strict
 from pipeline.tracking import journal
 
-if TYPE_CHECKING:
-    from pipeline.tracking.shipping import Shipper
-
 LIMIT = 1.02
-ALONE, DEAD, HANGING, THREAD = ALL = ("journal", "driver, dead", "driver, hanging", "thread, dead")
+NOTHING, ALONE, DEAD, HANGING = ALL = ("nothing", "journal", "driver, dead", "driver, hanging")
+ROUNDS, STEPS = 80, 20
 NUM_METRICS = 10
 NO_RUN = "0" * 32
 Track = Callable[[int], None]
@@ -68,7 +65,7 @@ class Figures(Strict):
     load: tuple[float, float]
 
 
-def measure(rounds: int = 9, steps: int = 150, ways: Sequence[str] = ALL) -> Figures:
+def measure(rounds: int = ROUNDS, steps: int = STEPS, ways: Sequence[str] = ALL) -> Figures:
     """Time `rounds` x `steps` steps without tracking and in each of some ways, on one thread of torch."""
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,7 +84,7 @@ def measure(rounds: int = 9, steps: int = 150, ways: Sequence[str] = ALL) -> Fig
             name: spread([mine / bare for mine, bare in zip(found, without, strict=True)])
             for name, found in seconds.items()
         },
-        imported=_import_in_a_process() if THREAD in ways else None,
+        imported=_import_in_a_process() if ways == ALL else None,
         load=(load, os.getloadavg()[0]),
     )
 
@@ -116,11 +113,12 @@ def _nothing(_: int) -> AbstractContextManager[Track]:
 
 def _way(name: str, folder: Path, stack: ExitStack) -> Way:
     """Make one of `ALL` ready; it lives as long as the stack."""
+    if name == NOTHING:
+        return _nothing
     if name == ALONE:
         track = _tracker(journal.Writer(folder / journal.FOLDER, "rank0"))
         return lambda _: nullcontext(track)
-    uri = stack.enter_context(_server(listens=name == HANGING))
-    return _thread(folder, uri) if name == THREAD else _driver(folder, uri, stack)
+    return _driver(folder, stack.enter_context(_server(listens=name == HANGING)), stack)
 
 
 def _take_turns(ways: dict[str, Way], step: Callable[[], None], rounds: int, steps: int) -> dict[str, list[float]]:
@@ -175,7 +173,7 @@ def _driver(folder: Path, uri: str, stack: ExitStack) -> Way:
     """Another process ships; it is stopped (SIGSTOP) while other ways have their turn."""
     writer = journal.Writer(folder / journal.FOLDER, "rank0")
     command = [sys.executable, "-m", "pipeline.benchmark.tracking", "ship", str(folder), uri]
-    process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+    process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
     stack.callback(process.kill)
     assert process.stdout
     process.stdout.readline()  # it has imported MLflow and begun
@@ -188,24 +186,6 @@ def _driver(folder: Path, uri: str, stack: ExitStack) -> Way:
         process.send_signal(signal.SIGSTOP)
 
     return on
-
-
-def _thread(folder: Path, uri: str) -> Way:
-    @contextmanager
-    def on(index: int) -> Iterator[Track]:
-        writer = journal.Writer(folder / str(index) / journal.FOLDER, "rank0")
-        shipper = _shipper(folder / str(index), uri)
-        yield _tracker(writer)
-        shipper.close(timeout_s=0)
-
-    return on
-
-
-def _shipper(folder: Path, uri: str) -> Shipper:
-    from pipeline.tracking.delivery import Destination  # noqa: PLC0415  (MLflow: its import is one of the figures)
-    from pipeline.tracking.shipping import Shipper  # noqa: PLC0415
-
-    return Shipper(Destination(uri, NO_RUN, "0", folder))
 
 
 def _import_in_a_process() -> Import:
@@ -250,7 +230,10 @@ def _server(*, listens: bool) -> Iterator[str]:
 
 def _ship(folder: Path, uri: str) -> None:
     """Ship until this process is ended."""
-    _shipper(folder, uri)
+    from pipeline.tracking.delivery import Destination  # noqa: PLC0415  (MLflow: its import is one of the figures)
+    from pipeline.tracking.shipping import Shipper  # noqa: PLC0415
+
+    Shipper(Destination(uri, NO_RUN, "0", folder))
     sys.stdout.write("begun\n")
     sys.stdout.flush()
     threading.Event().wait()
@@ -264,7 +247,7 @@ def main(words: Sequence[str]) -> None:
     elif words[:1] == ["import"]:
         sys.stdout.write(_import_beside(_loop()).model_dump_json())
     else:
-        rounds, steps = [int(word) for word in words] or (9, 150)
+        rounds, steps = [int(word) for word in words] or (ROUNDS, STEPS)
         sys.stdout.write(table(measure(rounds, steps)))
 
 
