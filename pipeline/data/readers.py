@@ -70,9 +70,7 @@ def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) ->
         batch_size=None,
         num_workers=num_tasks,
         prefetch_factor=_PREFETCH,
-        collate_fn=cast(
-            Any, _unchanged
-        ),  # one batch, as it is: torch would make tensors of small arrays, each a file of its own
+        collate_fn=cast(Any, _unchanged),  # torch would make tensors of small arrays, each a file of its own
         multiprocessing_context="fork",  # so that the pages are shared
     )
     for columns in loader:
