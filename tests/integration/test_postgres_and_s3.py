@@ -27,6 +27,8 @@ from pipeline.errors import TrackingError
 from pipeline.inference import bundle
 from pipeline.tracking import journal, registry, runs, shipping
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "mlflow"
 PASSWORD = "only-for-this-test"
 BOUND_S = 120.0

@@ -31,6 +31,8 @@ from pipeline.training import launch
 from pipeline.training.checkpoint import Config, Store
 from pipeline.training.loop import Recipe, fit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
 CAP_SYS_ADMIN = 1 << 21
