@@ -42,7 +42,7 @@ def trial(name: str, params: Mapping[str, str], wrong: Sequence[int] | None, sta
     predictions = None if wrong is None else said(wrong)
     top1 = 0.5 if predictions is None else float(predictions.right().mean())
     return Trial(
-        id=f"{abs(hash(name)):032x}"[:32],
+        id=name.encode().hex().ljust(32, "0")[:32],
         name=name,
         url="",
         experiment_id="1",
