@@ -22,6 +22,7 @@ log = logging.getLogger("ventral.tracking")
 POLL_S = 1.0
 LONGEST_PAUSE_S = 30.0
 LAST_PAUSE_S = 0.5  # while closing
+LOCK_WAIT_S, LOCK_PAUSE_S = 10.0, 0.2
 _LOCK = "shipping.lock"
 
 
@@ -151,13 +152,26 @@ def _recalled(folder: Path, shipped: dict[str, int]) -> journal.Seen:
 
 
 def _locked(path: Path) -> int:
-    """Hold the lock of a journal until the file is closed or the process ends."""
+    """Hold the lock of a journal until the file is closed or the process ends.
+
+    A shipper that was closed may still hang in its last call, so some time is given to it.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + LOCK_WAIT_S
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise TrackingError(f"{path.parent}: another process ships this journal; stop that job first") from None
+        while not _locks(file):
+            if time.monotonic() > deadline:
+                os.close(file)
+                raise TrackingError(f"{path.parent}: another process ships this journal; stop that job first")
+            time.sleep(LOCK_PAUSE_S)
     except OSError:  # a file system without locks: two shippers are no harm to metrics, only to checkpoints
         log.warning("%s: this storage has no locks; let only one job at a time use the run", path.parent)
     return file
+
+
+def _locks(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
