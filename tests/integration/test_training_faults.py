@@ -83,7 +83,15 @@ def undisturbed(cluster: None, stripes: shards.Shards, tmp_path_factory: pytest.
 
 def training_workers(head: Service) -> list[psutil.Process]:
     below = psutil.Process(head.pid).children(recursive=True)
-    return [process for process in below if "RayTrainWorker" in "".join(process.cmdline())]
+    return [process for process in below if "RayTrainWorker" in words(process)]
+
+
+def words(process: psutil.Process) -> str:
+    """The command line; nothing of a process that is gone or about to be."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_worker_that_is_killed_inside_an_epoch_changes_no_bit(
