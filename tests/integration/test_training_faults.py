@@ -170,8 +170,8 @@ def test_job_that_is_stopped_and_then_killed_goes_on_when_it_is_resumed(
     with start_job(tmp_path, stripes, gone, mlflow_server, *resume) as job:  # nothing is left to do: no Ray is asked
         again, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, again
-    assert [line for line in again.splitlines() if line.startswith(("val", "bundle", "run"))] == [
-        line for line in said.splitlines() if line.startswith(("val", "bundle", "run"))
+    assert [line for line in again.splitlines() if line.startswith(("val ", "bundle ", "run "))] == [
+        line for line in said.splitlines() if line.startswith(("val ", "bundle ", "run "))
     ]
 
 
