@@ -20,11 +20,13 @@ from pipeline.evaluation import run as evaluation
 from pipeline.evaluation.report import Report
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.tracking import registry, runs
+from pipeline.tracking import connection, registry, runs
 from pipeline.training import checkpoint, launch, start
 from pipeline.training.loop import Recipe
 from pipeline.training.record import Record
 from pipeline.types import Split
+
+REGISTRY_WAIT_S = 600.0  # for a server that is away when a model is ready to be registered
 
 log = logging.getLogger("ventral.training")
 
@@ -167,6 +169,7 @@ def _evaluate(made: Bundle, source: shards.Shards, split: Split, folder: Path, r
 def _register(run: runs.Run, made: Bundle, registration: Registration | None) -> registry.Version | None:
     if registration is None:
         return None
+    connection.wait(run.uri, REGISTRY_WAIT_S)  # unlike figures, a model goes straight to the server
     version = registry.publish(run, made, registration.model)
     if registration.alias is None:
         return version
