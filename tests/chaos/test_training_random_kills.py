@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,17 @@ def wait_beyond(folder: Path, mark: int, result: Future[Bundle]) -> None:
         time.sleep(0.05)
 
 
+def kill_a_worker(head: Service, draw: random.Random) -> bool:
+    """Whether there was one."""
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(head.pid).children(recursive=True)
+        workers = [process for process in below if "RayTrainWorker" in "".join(process.cmdline())]
+        if workers:
+            draw.choice(workers).kill()
+            return True
+    return False
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster: None, stripes: shards.Shards, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return train(tmp_path_factory.mktemp("undisturbed") / "run", stripes)
@@ -78,11 +89,8 @@ def test_workers_killed_at_random_moments_change_no_bit(
         for _ in range(NUM_KILLS):
             wait_beyond(tmp_path / "run", draws(tmp_path / "run"), result)
             time.sleep(draw.uniform(0, 1))
-            below = psutil.Process(ray_head.pid).children(recursive=True)
-            workers = [process for process in below if "RayTrainWorker" in "".join(process.cmdline())]
-            if workers and not result.done():
-                draw.choice(workers).kill()
-                num_killed += 1
+            if not result.done():
+                num_killed += kill_a_worker(ray_head, draw)
         made = result.result(PATIENCE_S)
     assert num_killed >= 3, "it was over too soon: raise epochs"
     assert made.card.weights_sha256 == undisturbed.card.weights_sha256
