@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import numpy as np
@@ -58,10 +63,48 @@ class _Share(IterableDataset[Columns | VentralError]):
             yield error
 
 
+class _Process(ForkServerProcess):
+    """A process forked from a server of its own kind, which has everything imported and no threads.
+
+    A training process has threads (gloo's, autograd's, Ray's), and one that is forked from it may find a lock held for
+    ever by a thread that it does not have: CPython 3.11 was seen to hang in `fork` itself.
+    """
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  (multiprocessing's name)
+        with _nameless_main():
+            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]  # typeshed leaves it out
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]  # where ForkServerProcess itself is expected
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Keep a child from importing the program's main module: it needs nothing of it, which may be Ray's or a job's."""
+    main = vars(sys.modules["__main__"])
+    known = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(known)
+
+
+def start_server() -> None:
+    """Have the processes' server start and import, in the background, which takes seconds."""
+    forkserver.set_forkserver_preload([__name__])
+    with _nameless_main():
+        forkserver.ensure_running()
+
+
 def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) -> Iterator[Columns]:
     """Decode in processes of a torch DataLoader; pixels come through shared memory."""
     if not batches:
         return
+    start_server()
     num_tasks = min(num_tasks, len(batches))
     pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *reading.image_shape)) for _ in range(num_tasks)]
     share = _Share(reading, batches, pages)
@@ -71,7 +114,7 @@ def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) ->
         num_workers=num_tasks,
         prefetch_factor=_PREFETCH,
         collate_fn=cast(Any, _unchanged),  # torch would make tensors of small arrays, each a file of its own
-        multiprocessing_context="fork",  # so that the pages are shared
+        multiprocessing_context=_Context(),
     )
     for columns in loader:
         if isinstance(columns, VentralError):

@@ -104,12 +104,15 @@ class _Teller:
         self._store = assignment.checkpoints
         self._measured_on = source.manifest.dataset, source.manifest.digest
         self._writer = journal.Writer(assignment.folder / journal.FOLDER, "rank0") if assignment.is_tracked else None
+        earlier = max((position.epoch for position in self._store.positions()), default=0)
+        self._kept = set(range(1, earlier + 1))  # epochs whose checkpoint MLflow may believe to be there
 
     def __enter__(self) -> Observer:
         return self._tell
 
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
+            self._tell_what_is_gone(self._writer)
             self._writer.close()
 
     def _tell(self, epoch: Epoch) -> None:
@@ -117,12 +120,21 @@ class _Teller:
         log.info("%s", describe(epoch))
         if self._writer is None:
             return
+        self._tell_what_is_gone(self._writer)
         name, step = Position(epoch.number).name, epoch.number
         measured = {key: value for key, value in epoch.metrics.items() if key.startswith("val/")}
-        self._writer.checkpoint(name, step, {"path": f"{self._store.folder}/{name}"})
+        self._writer.checkpoint(name, step, {"path": f"{self._store.folder}/{name}", "kept": "true"})
+        self._kept.add(step)
         self._writer.metrics({key: epoch.metrics[key] for key in epoch.metrics if key not in measured}, step)
         self._writer.metrics(measured, step, checkpoint=name, dataset=self._measured_on)
         self._writer.sync()
+
+    def _tell_what_is_gone(self, writer: journal.Writer) -> None:
+        """Say which checkpoints were removed since; their figures stay."""
+        there = {position.epoch for position in self._store.positions() if position.offset == 0}
+        for step in sorted(self._kept - there):
+            writer.checkpoint(Position(step).name, step, {"kept": "false"})
+        self._kept &= there
 
 
 def _say_nothing(epoch: Epoch) -> None:

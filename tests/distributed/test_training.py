@@ -65,7 +65,7 @@ def train_rank(rank: int, world_size: int, path: str, store: str, batch_size: in
     torch.manual_seed(0)
     config = validate(models.config_of("lenet5"), {"name": "lenet5", "num_classes": 2})
     recipe = Recipe(
-        model=config, loading=Loading(batch_size=batch_size, reader="local"), optim=Optim(lr=0.05), epochs=2
+        model=config, loading=Loading(batch_size=batch_size, num_tasks=0), optim=Optim(lr=0.05), epochs=2
     )
     augment = Augment(crop="none", flip=False)
     model = models.build(config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -102,6 +104,28 @@ def test_processes_give_the_batches_of_the_thread(stripes: shards.Shards, num_ta
     thread, other = (Loader(stripes, SPEC, config, seed=1) for config in (LOCAL, processes))
     assert equal(list(thread.train(2)), list(other.train(2)))
     assert equal(list(thread.evaluate("val")), list(other.evaluate("val")))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pipeline.data import loading, shards
+from pipeline.types import InputSpec
+print("begun")
+config = loading.Config(batch_size=4, reader="local", num_tasks=2)
+loader = loading.Loader(shards.load(Path(sys.argv[1])), InputSpec(size_hw=(28, 28)), config)
+for epoch in range(2):
+    print(sum(map(len, loader.train(epoch))))
+print(__file__, __spec__)
+"""
+
+
+def test_processes_import_nothing_of_the_program_that_asks_for_them(stripes: shards.Shards, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"  # without the guard that multiprocessing asks for, as Ray's worker has it elsewhere
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(stripes.path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.stdout.splitlines() == ["begun", "40", "40", f"{script} None"], ended.stderr
 
 
 def test_a_position_goes_on_without_repeating_or_skipping_a_sample(stripes: shards.Shards) -> None:
