@@ -15,6 +15,7 @@ import ray.train.torch
 from pipeline.training import launch
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_two_gpu_workers_on_one_node_get_a_gpu_each(tmp_path: Path) -> None:
     def place(config: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ def outcome(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str,
     return torch.load(folder / f"{name}-0.pt"), json.loads((folder / f"{name}-0.json").read_text())
 
 
+@pytest.mark.slow
 def test_three_processes_of_which_one_is_killed_inside_an_epoch_end_with_the_same_bits(
     stripes: shards.Shards, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_three_processes_of_which_one_is_killed_inside_an_epoch_end_with_the_sam
     assert list(rest["metrics"]) == ["2"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_fewer_processes_repeats_and_skips_no_picture(
     stripes: shards.Shards, tmp_path: Path
 ) -> None:

@@ -64,9 +64,7 @@ def train_rank(rank: int, world_size: int, path: str, store: str, batch_size: in
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = validate(models.config_of("lenet5"), {"name": "lenet5", "num_classes": 2})
-    recipe = Recipe(
-        model=config, loading=Loading(batch_size=batch_size, num_tasks=0), optim=Optim(lr=0.05), epochs=2
-    )
+    recipe = Recipe(model=config, loading=Loading(batch_size=batch_size, num_tasks=0), optim=Optim(lr=0.05), epochs=2)
     augment = Augment(crop="none", flip=False)
     model = models.build(config)
     loader = Loader(
@@ -94,7 +92,7 @@ def test_two_workers_of_four_train_as_one_of_eight(source: shards.Shards, tmp_pa
 
 @pytest.mark.usefixtures("cluster")
 def test_training_on_two_ray_workers_learns_and_leaves_a_bundle(source: shards.Shards, tmp_path: Path) -> None:
-    recipe = validate(Recipe, PLAIN | {"epochs": 4, "loading": {"batch_size": 4}})
+    recipe = validate(Recipe, PLAIN | {"epochs": 4, "loading": {"batch_size": 4, "num_tasks": 1}})
     made = launch.train(tmp_path / "run", source, recipe, launch.Cluster(num_workers=2), provenance={"commit": "abc"})
     assert made.card.metrics["val/top1"] == 1.0
     assert made.card.classes == ("dark", "bright")
@@ -104,7 +102,7 @@ def test_training_on_two_ray_workers_learns_and_leaves_a_bundle(source: shards.S
     with pytest.raises(ConfigError, match="holds an earlier run"):
         launch.check_folder(tmp_path / "run", resume=False)
 
-    diverging = validate(Recipe, PLAIN | {"optim": {"lr": 1e30}, "loading": {"batch_size": 4}})
+    diverging = validate(Recipe, PLAIN | {"optim": {"lr": 1e30}, "loading": {"batch_size": 4, "num_tasks": 0}})
     with pytest.raises(ModelError, match="the training loss became") as error:
         launch.train(tmp_path / "bad", source, diverging, launch.Cluster(num_workers=2, max_failures=9))
     assert error.value.__cause__ is None  # no worker has failed for Ray, which would have started all anew, nine times

@@ -264,6 +264,7 @@ def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_node_that_is_lost_costs_no_image(expected: shards.Shards, tmp_path: Path) -> None:
     dataset, gates = collection(tmp_path / "images", GATES)
     destination = tmp_path / "made" / "shards"
@@ -298,6 +299,7 @@ def enlarge(path: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(path)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs rights that this process lacks")
 def test_full_disk_is_one_sentence_and_enlarged_the_job_goes_on(
     ray_head: Service, cluster: None, tmp_path: Path
@@ -321,6 +323,7 @@ def test_full_disk_is_one_sentence_and_enlarged_the_job_goes_on(
         check_whole(made, undisturbed)
 
 
+@pytest.mark.slow
 def test_driver_that_is_killed_goes_on_where_it_stopped(
     ray_head: Service, expected: shards.Shards, tmp_path: Path
 ) -> None:

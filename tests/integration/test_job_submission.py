@@ -28,6 +28,8 @@ FOLDER = ("python", "-m", "jobs.preprocess", "jobs/configs/preprocess/folder.yam
 PATIENCE_S = 240.0
 MAX_PACKAGE_BYTES = 5 * 2**20
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Followed:
@@ -125,7 +127,6 @@ def test_submission_without_the_token_is_refused(ray_head: Service, tmp_path: Pa
     assert not (tmp_path / "storage").exists()
 
 
-@pytest.mark.slow
 def test_preprocessing_that_is_stopped_leaves_nothing_half_written(ray_head: Service, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png")
@@ -146,7 +147,6 @@ def test_preprocessing_that_is_stopped_leaves_nothing_half_written(ray_head: Ser
     assert left <= {".large.work", ""}  # hidden, for the same command to go on with; "" is the name of its lock
 
 
-@pytest.mark.slow
 def test_training_that_is_stopped_ends_its_run_as_killed(
     ray_head: Service, mlflow_server: Service, followed: Followed
 ) -> None:

@@ -204,6 +204,7 @@ def test_head_with_serve_running_listens_on_loopback_only(url: str, ray_head: Se
     assert all(name.startswith("ray::ServeReplica") for name in open_to_all)
 
 
+@pytest.mark.slow
 def test_deploy_of_a_wrong_configuration_fails_with_its_sentence(
     url: str, ray_head: Service, app_config: Callable[..., dict[str, Any]]
 ) -> None:

@@ -204,6 +204,7 @@ def test_unknown_contender_is_refused_before_anything_is_written(folder: Path, t
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.slow
 def test_run_measures_in_own_processes_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     source = image_folder.Config(root=str(folder), splits=("train",))
     config = plane.Config(

@@ -376,6 +376,7 @@ def test_the_average_is_what_is_measured_and_kept(stripes: shards.Shards, tmp_pa
     assert counts.metrics()["loss"] == pytest.approx(epochs[-1].metrics["val/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_training_keeps_names_and_learns_alike(stripes: shards.Shards) -> None:
     compiled, epochs = trained(stripes, recipe(epochs=1, compile=True))
     plain, expected = trained(stripes, recipe(epochs=1))
