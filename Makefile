@@ -31,7 +31,7 @@ test: install  ## style, types, architecture, all tests but the slow ones
 	$(MAKE) --no-print-directory lint types
 	$(BIN)/pytest -m "not slow"
 
-test-slow: install  ## whole roads and stopped jobs, a minute or more each; CI runs them too
+test-slow: install  ## kills, full disks, whole roads, stopped jobs; CI runs them too
 	$(BIN)/pytest -m slow
 
 test-quick: install  ## the tests that need no Ray and no server
