@@ -119,14 +119,15 @@ class Clock:
     def _mark(self) -> float | torch.cuda.Event:
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
         event.record(torch.cuda.current_stream(self._device))
         return event
 
 
 def _between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) -> float:
     """Seconds between two marks of one kind."""
-    if isinstance(first, float):
+    if isinstance(first, float) or isinstance(second, float):
+        assert isinstance(first, float)
         assert isinstance(second, float)
         return second - first
     return float(first.elapsed_time(second)) / 1e3
