@@ -49,7 +49,7 @@ class Figures(Strict):
         wait_share: of the time, that the loop waited for its next batch.
         start_s: from starting the block's process to asking for the first batch: imports, workers, process group.
         peak_bytes: memory of all its processes in the last steps, shared memory counted once.
-        gpu_bytes: the most that torch held on this worker's GPU.
+        gpu_bytes: the most that tensors took on this worker's GPU.
         others_share: of the machine's CPU time, that went to other processes during the timed steps.
         num_threads: of torch in this worker.
     """

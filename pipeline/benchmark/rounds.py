@@ -128,12 +128,12 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def circumstances(facts: Facts, num_rounds: int, others_shares: Sequence[float]) -> list[str]:
+def circumstances(report: Facts, num_rounds: int, others_shares: Sequence[float]) -> list[str]:
     """How busy the machine was, in a sentence or two; a warning where others took much of it in any block."""
-    lines = [f"load average {facts.load[0]:.2f} before, {facts.load[1]:.2f} after; {num_rounds} rounds"]
-    if (worst := max(others_shares)) > facts.quiet_share:
+    lines = [f"load average {report.load[0]:.2f} before, {report.load[1]:.2f} after; {num_rounds} rounds"]
+    if (worst := max(others_shares)) > report.quiet_share:
         lines.append(
             f"The machine was not quiet: other processes took up to {worst:.0%} of its CPU time in a block, more than "
-            f"{facts.quiet_share:.0%}; measure again when nothing else runs."
+            f"{report.quiet_share:.0%}; measure again when nothing else runs."
         )
     return lines

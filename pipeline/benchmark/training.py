@@ -2,7 +2,8 @@
 
 What a way is stands in `training_block`, what is measured in `clock`, what comes out in `training_report`. A case is
 one thing to train on one kind of device; those whose device, data or library is not here are left out and named, so the
-same command runs on a laptop and on a GPU machine without Ray.
+same command runs on a laptop and on a GPU machine without Ray. Ray's workers must be on this machine, whose clock and
+processes are watched.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipeline.benchmark.training_block import Data, Task, Way, main
 from pipeline.benchmark.training_report import Block, Report, model_of
 from pipeline.config import Strict, nearest
 from pipeline.data.datasets import AnyDataset
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, VentralError
 from pipeline.training.loop import Recipe
 
 KNOWN_TO_ALL = {"model", "loading", "optim", "precision", "channels_last", "compile"}
@@ -202,7 +203,7 @@ def _rounds(
             return None
         try:
             figures = _measured(*wanted[name], folder, session)
-        except DataError as error:
+        except VentralError as error:
             left_out[name] = str(error)
             say(f"round {number}  {name}: {error}")
             return None
