@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobs._run import Job, ray_session, run
+from pipeline import storage
 from pipeline.benchmark import ingest as ingest_plane
 from pipeline.benchmark import report, rounds, training, training_report
 from pipeline.errors import ConfigError
@@ -20,12 +21,7 @@ ConfigT = TypeVar("ConfigT", ingest_plane.Config, training.Config)
 
 
 class Benchmark(Job):
-    """What is measured, by one of the two keys, and where the figures go.
-
-    Attributes:
-        scratch: folder for files of the run, which are removed at the end; a relative path lies in `storage`.
-        reports: folder for the JSON files; likewise.
-    """
+    """What is measured, by one of two keys; folders for its files, which are removed, and for the reports in JSON."""
 
     ingest: ingest_plane.Config | None = None
     train: training.Config | None = None
@@ -64,8 +60,7 @@ def _located(job: Benchmark, config: ConfigT | None) -> ConfigT:
 
 def _tell(job: Benchmark, plane: str, found: rounds.Facts, table: str) -> None:
     path = job.store / job.reports / f"{plane}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(found.model_dump_json(indent=1))
+    storage.write(str(path), found.model_dump_json(indent=1).encode())
     print(f"{table}\nreport   {path}")
 
 
