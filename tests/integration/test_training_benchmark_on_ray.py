@@ -22,6 +22,7 @@ def _head(num_cpus: int) -> Iterator[str]:
     yield ray.get_runtime_context().gcs_address
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_loop_under_ray_train_is_compared_with_the_same_loop_without(tmp_path: Path) -> None:
     raw = {"model": {"name": "lenet5"}, "loading": {"batch_size": 4, "reader": "local"}}

@@ -226,6 +226,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its case is not left out")
 def test_door_measures_without_ray_and_mlflow_and_names_what_it_left_out(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "without").mkdir()
