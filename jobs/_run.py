@@ -17,9 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import ray
-import ray.data
-
 from jobs import _stack
 from jobs._process import Service
 from jobs._stack import Stack
@@ -29,7 +26,6 @@ from pipeline.data.datasets import DATA_ROOT
 from pipeline.errors import ClusterError, VentralError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.tracking import registry
 
 STORAGE = "VENTRAL_STORAGE"
 
@@ -111,6 +107,8 @@ def ray_session(storage: Path, num_cpus: int) -> Iterator[None]:
 @contextmanager
 def connected_to(head: Service) -> Iterator[None]:
     """Use a local head for a while; what workers log is shown here."""
+    import ray  # noqa: PLC0415  (as in _connected)
+
     _quieten_ray_data()
     try:
         with _own_sigterm():
@@ -124,6 +122,8 @@ def bundle_of(reference: str, uri: str, storage: Path) -> Bundle:
     """The bundle in a folder, or that of `name@alias` or `name/3` in the registry, kept in `storage` for next time."""
     if (Path(reference) / bundle.CARD).exists():
         return bundle.load(Path(reference))
+    from pipeline.tracking import registry  # noqa: PLC0415  (brings MLflow)
+
     return registry.fetch(uri, registry.resolve(uri, reference), storage / "bundles")
 
 
@@ -172,6 +172,8 @@ def progress(noun: str) -> Reporter:
 
 @contextmanager
 def _connected() -> Iterator[None]:
+    import ray  # noqa: PLC0415  (where a session is opened, so that a job without one runs without Ray)
+
     _quieten_ray_data()
     try:
         with _own_sigterm():
@@ -197,6 +199,8 @@ def _own_sigterm() -> Iterator[None]:
 
 def _quieten_ray_data() -> None:
     """Our own lines tell the progress."""
+    import ray.data  # noqa: PLC0415  (as in _connected)
+
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 

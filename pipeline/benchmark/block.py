@@ -1,23 +1,20 @@
-"""One block of the benchmark: one contender, measured in a process of its own.
+"""One block of the ingest benchmark: one contender, measured in a process of its own.
 
 So no contender pays for what another imported or left running, and its memory is that of this process and its
 children. Imports and the connection to Ray are over when the clock starts; datasets and workers are not.
-Run as `python -m pipeline.benchmark.block <task.json> <result.json>`.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipeline.benchmark import photos
+from pipeline.benchmark import photos, rounds
 from pipeline.benchmark.contender import CONTENDERS, Contender, Epoch, Setting
 from pipeline.benchmark.machine import OthersShare, peak_memory
 from pipeline.config import Strict
@@ -119,15 +116,10 @@ def run(task: Task, scratch: Path) -> Figures | None:
     Raises:
         DataError: it failed; the message holds its last words.
     """
-    asked, answer = scratch / "task.json", scratch / "result.json"
-    asked.write_text(task.model_dump_json())
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pipeline.benchmark.block", str(asked), str(answer)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        words = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
-        raise DataError(f"benchmark of {task.name}: its process failed: {words[0]}")
-    return Figures.model_validate_json(answer.read_bytes()) if answer.exists() else None
+    try:
+        return rounds.in_process(main, task, Figures, scratch)
+    except DataError as error:
+        raise DataError(f"benchmark of {task.name}: {error}") from None
 
 
 def main(asked: Path, answer: Path) -> None:
@@ -153,7 +145,3 @@ def _watch(epoch: Epoch, setting: Setting) -> Marks:
         if images.dtype != torch.uint8 or images.shape != (setting.batch_size, 3, setting.size, setting.size):
             raise DataError(f"expected uint8 batches of {setting.batch_size}, got {images.dtype} {tuple(images.shape)}")
     return Marks(started=started, at=tuple(at), sizes=tuple(sizes))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

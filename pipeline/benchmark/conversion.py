@@ -20,6 +20,7 @@ from pipeline.benchmark import levers
 from pipeline.benchmark.contender import CONTENDERS
 from pipeline.benchmark.machine import OthersShare
 from pipeline.benchmark.report import Conversion
+from pipeline.benchmark.rounds import rotated
 from pipeline.config import Strict
 from pipeline.data import ingest, rows
 from pipeline.data.datasets import image_folder
@@ -53,8 +54,7 @@ def compare(folder: Path, scratch: Path, num_processes: int, config: Config) -> 
     rates: dict[str, list[float]] = {name: [] for name in converters}
     others = OthersShare(_ray_processes)
     for number in range(config.rounds):
-        names = list(converters)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rotated(list(converters), number):
             target = scratch / "converted"
             target.mkdir()
             started = time.perf_counter()

@@ -1,34 +1,30 @@
 """The ingest benchmark: the same photos, the same work, every contender in turn, round after round.
 
-Each round runs one block of every contender, beginning with another one than the round before, so that whatever slows
-the machine for a while meets all of them alike. What is compared is in `contender`, how in `block`, what comes out in
-`report`.
+How blocks take turns is in `rounds`, what is compared in `contender`, how in `block`, what comes out in `report`.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import Field
 
-from pipeline import provenance
-from pipeline.benchmark import block, conversion, photos
+from pipeline.benchmark import block, conversion, photos, rounds
+from pipeline.benchmark.block import Figures
 from pipeline.benchmark.contender import CONTENDERS, Setting
 from pipeline.benchmark.conversion import Config as Converting
 from pipeline.benchmark.report import Conversion, Report, Round
+from pipeline.benchmark.rounds import Say
 from pipeline.config import Strict, nearest
 from pipeline.data.datasets import AnyDataset
 from pipeline.errors import ConfigError
 
 PEER_PACKAGES = ("webdataset", "mosaicml-streaming", "psutil")
-Say = Callable[[str], None]
-"""Told what begins."""
 
 
 class Config(Strict):
@@ -81,20 +77,13 @@ def run(config: Config, scratch: Path, ray_address: str, say: Say = lambda line:
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=scratch))
     try:
-        rounds = _rounds(config, names, folder, ray_address, say)
+        found = _rounds(config, names, folder, ray_address, say)
         converted = _converted(config, folder, say) if config.conversion else None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    facts = rounds.facts(config, config.quiet_share, load)
     return Report(
-        commit=provenance.commit(),
-        versions=provenance.versions() | _versions(),
-        machine={"processor": _processor(), "cpus": str(os.cpu_count()), "system": platform.platform()},
-        config=config.model_dump(mode="json"),
-        rounds=rounds,
-        missing=missing,
-        conversion=converted,
-        quiet_share=config.quiet_share,
-        load=(load, os.getloadavg()[0]),
+        **facts | {"versions": facts["versions"] | _versions()}, rounds=found, missing=missing, conversion=converted
     )
 
 
@@ -115,22 +104,14 @@ def _rounds(config: Config, names: list[str], folder: Path, ray_address: str, sa
     for name, task in tasks.items():
         say(f"prepare  {name}")
         block.run(task.model_copy(update={"photos": folder / "photos"}), folder)
-    rounds = []
-    for number in range(config.rounds):
-        found: Round = {}
-        for name in rotated(names, number):
-            figures = block.run(tasks[name], folder)
-            assert figures is not None
-            say(f"round {number + 1}/{config.rounds}  {name}: {figures.images_per_s:.0f} images/s")
-            found[name] = figures
-        rounds.append({name: found[name] for name in names})
-    return tuple(rounds)
 
+    def measure(name: str, number: str) -> Figures:
+        figures = block.run(tasks[name], folder)
+        assert figures is not None
+        say(f"round {number}  {name}: {figures.images_per_s:.0f} images/s")
+        return figures
 
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The order of one round: another one first each time."""
-    first = number % len(names)
-    return [*names[first:], *names[:first]]
+    return rounds.take_turns(names, config.rounds, measure)
 
 
 def _task(config: Config, name: str, folder: Path, ray_address: str) -> block.Task:
@@ -165,11 +146,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

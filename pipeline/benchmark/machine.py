@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -65,6 +67,19 @@ class OthersShare:
 
     def _own_s(self) -> float:
         return sum(map(_cpu_s, _tree(self._roots())))
+
+
+def described() -> dict[str, str]:
+    """Processor, number of CPUs, operating system."""
+    return {"processor": _processor(), "cpus": str(os.cpu_count()), "system": platform.platform()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _tree(roots: list[int]) -> set[psutil.Process]:

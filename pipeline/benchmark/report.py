@@ -1,31 +1,18 @@
-"""What the ingest benchmark found: every block, ratios between blocks of one round, and the table a person reads.
-
-Only figures of one round are divided by each other, for they were taken minutes apart at most; what is said of a
-contender is the median of its rounds, with the smallest and the largest.
-"""
+"""What the ingest benchmark found: every block, ratios between blocks of one round, and the table a person reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from statistics import median
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
 
 from pydantic import Field
 
 from pipeline.benchmark.block import Figures
 from pipeline.benchmark.contender import CONTENDERS, LIMIT, Decoder
+from pipeline.benchmark.rounds import Facts, Spread, aligned, circumstances, spread
 from pipeline.config import Strict
 
 Round = dict[str, Figures]
 """The blocks of one round, by contender."""
-
-
-class Spread(NamedTuple):
-    """Median, smallest and largest of some figures."""
-
-    median: float
-    least: float
-    most: float
 
 
 class Conversion(Strict):
@@ -44,23 +31,16 @@ class Conversion(Strict):
     others_share: float
 
 
-class Report(Strict):
+class Report(Facts):
     """All of it, as the JSON file holds it.
 
     Attributes:
         missing: contenders whose library is not installed.
-        quiet_share: of the machine's CPU time, that others may take before it is called busy.
     """
 
-    commit: str
-    versions: dict[str, str]
-    machine: dict[str, str]
-    config: dict[str, Any]
     rounds: tuple[Round, ...]
     missing: dict[str, str] = Field(default_factory=dict)
     conversion: Conversion | None = None
-    quiet_share: float
-    load: tuple[float, float]
 
     def ratio(self, name: str, others: Iterable[str]) -> Spread | None:
         """Steady rate of one contender to that of the fastest of others, round by round."""
@@ -72,11 +52,6 @@ class Report(Strict):
         )
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Median, smallest and largest."""
-    return Spread(median(values), min(values), max(values))
-
-
 def peers(decoder: Decoder) -> list[str]:
     """The contenders from elsewhere that decode in one way."""
     return [name for name, entry in CONTENDERS.items() if entry.group == "peer" and entry.decoder == decoder]
@@ -85,20 +60,14 @@ def peers(decoder: Decoder) -> list[str]:
 def table(report: Report) -> str:
     """What a person reads."""
     head = ("", "images/s", "/ limit", "/ best same", "/ best documented", "first", "restart", "memory", "spilled")
-    lines = [head, *(_line(report, name) for name in report.rounds[0])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
-        for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
-    return "\n".join([*rows, "", *_sentences(report)])
+    lines = aligned([head, *(_line(report, name) for name in report.rounds[0])])
+    return "\n".join([*lines, "", *_sentences(report)])
 
 
 def _line(report: Report, name: str) -> tuple[str, ...]:
     def of(value: Callable[[Figures], float]) -> Spread:
         return spread([value(found[name]) for found in report.rounds])
 
-    rate = of(lambda block: block.images_per_s)
     ratios = (
         report.ratio(name, [LIMIT]),
         report.ratio(name, peers("same")),
@@ -106,7 +75,7 @@ def _line(report: Report, name: str) -> tuple[str, ...]:
     )
     return (
         name,
-        f"{rate.median:.0f} ({rate.least:.0f}..{rate.most:.0f})",
+        of(lambda block: block.images_per_s).shown(0),
         *(_ratio(found) for found in ratios),
         f"{of(lambda block: block.first_batch_s).median:.2f} s",
         f"{of(lambda block: block.restart_s).median:.2f} s",
@@ -116,7 +85,7 @@ def _line(report: Report, name: str) -> tuple[str, ...]:
 
 
 def _ratio(found: Spread | None) -> str:
-    return "-" if found is None else f"{found.median:.2f} ({found.least:.2f}..{found.most:.2f})"
+    return "-" if found is None else found.shown(2)
 
 
 def _sentences(report: Report) -> list[str]:
@@ -126,14 +95,9 @@ def _sentences(report: Report) -> list[str]:
         lines.append(f"{conversion.num_images} original photos to short side 256 in shards, images/s:")
         for name, rates in conversion.images_per_s.items():
             ratio = f", ratio {_ratio(spread(conversion.ratios[name]))}" if name in conversion.ratios else ""
-            lines.append(f"  {name}: {spread(rates).median:.0f} ({min(rates):.0f}..{max(rates):.0f}){ratio}")
+            lines.append(f"  {name}: {spread(rates).shown(0)}{ratio}")
         lines += [f"  {name}: {ms:.2f} ms" for name, ms in conversion.levers.items()]
     shares = [block.others_share for found in report.rounds for block in found.values()]
-    worst = max([*shares, conversion.others_share] if conversion else shares)
-    lines.append(f"load average {report.load[0]:.2f} before, {report.load[1]:.2f} after; {len(report.rounds)} rounds")
-    if worst > report.quiet_share:
-        lines.append(
-            f"The machine was not quiet: other processes took up to {worst:.0%} of its CPU time in a block, more than "
-            f"{report.quiet_share:.0%}; measure again when nothing else runs."
-        )
-    return lines
+    if conversion is not None:
+        shares.append(conversion.others_share)
+    return lines + circumstances(report, len(report.rounds), shares)

@@ -26,7 +26,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from pipeline.benchmark.report import Spread, spread
+from pipeline.benchmark.rounds import Spread, rotated, spread
 from pipeline.config import Strict
 from pipeline.tracking import journal
 
@@ -95,9 +95,7 @@ def table(figures: Figures) -> str:
         f"an entry of {NUM_METRICS} metrics takes {figures.append_us:.1f} us, a step {figures.step_ms:.2f} ms; "
         f"the ratio of step times may be {LIMIT}"
     ]
-    lines += [
-        f"{name:16} {found.median:.3f} ({found.least:.3f}..{found.most:.3f})" for name, found in figures.ratios.items()
-    ]
+    lines += [f"{name:16} {found.shown(3)}" for name, found in figures.ratios.items()]
     if (imported := figures.imported) is not None:
         lines.append(
             f"importing MLflow in a thread: {imported.seconds:.1f} s, steps {imported.ratio:.1f} times as long, "
@@ -126,8 +124,7 @@ def _take_turns(ways: dict[str, Way], step: Callable[[], None], rounds: int, ste
     names, seconds = list(ways), {name: list[float]() for name in ways}
     _block(step, _ignore, 0, steps)  # to warm up
     for index in range(rounds):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in rotated(names, index):
             with ways[name](index) as track:
                 seconds[name].append(_block(step, track, index * steps, steps))
     return seconds

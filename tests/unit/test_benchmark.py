@@ -16,7 +16,8 @@ from pipeline.benchmark import ingest as plane
 from pipeline.benchmark.block import Figures, Marks, summary
 from pipeline.benchmark.contender import CONTENDERS, Contender, Decoder, Entry, Setting
 from pipeline.benchmark.machine import OthersShare, peak_memory
-from pipeline.benchmark.report import Report, peers, spread, table
+from pipeline.benchmark.report import Report, peers, table
+from pipeline.benchmark.rounds import rotated, spread
 from pipeline.config import load
 from pipeline.data.datasets import image_folder
 from pipeline.errors import ConfigError, DataError
@@ -188,7 +189,7 @@ def test_missing_library_is_found_out_without_importing() -> None:
 
 
 def test_rounds_begin_with_another_contender_each_time() -> None:
-    assert [plane.rotated(["a", "b", "c"], number) for number in range(4)] == [
+    assert [rotated(["a", "b", "c"], number) for number in range(4)] == [
         ["a", "b", "c"],
         ["b", "c", "a"],
         ["c", "a", "b"],
@@ -246,7 +247,9 @@ def test_door_takes_the_committed_run_where_none_is_given(capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "root: clothing10" in shown
     assert "rounds: 2" in shown
-    assert load(door.Ingest, door.CONFIG).ingest.num_processes == 2
+    committed = load(door.Benchmark, door.CONFIGS / "ingest.yaml").ingest
+    assert committed is not None
+    assert committed.num_processes == 2
 
 
 def test_door_names_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
