@@ -73,18 +73,18 @@ class _Process(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  (multiprocessing's name)
         with _nameless_main():
-            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]  # typeshed leaves it out
+            return ForkServerProcess._Popen(process_obj)
 
 
 class _Context(ForkServerContext):
-    Process = _Process  # type: ignore[assignment]  # where ForkServerProcess itself is expected
+    Process = _Process
 
 
 @contextmanager
 def _nameless_main() -> Iterator[None]:
     """Keep a child from importing the program's main module: it needs nothing of it, which may be Ray's or a job's."""
     main = vars(sys.modules["__main__"])
-    known = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    known: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
     main["__spec__"] = None
     main.pop("__file__", None)
     try:
