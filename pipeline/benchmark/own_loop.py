@@ -32,12 +32,12 @@ class Timed(Loader):
     """
 
     def __init__(self, task: Task, model: Classifier, clock: Clock, rank: int, device: torch.device) -> None:
-        recipe = task.recipe
+        recipe, is_synthetic = task.recipe, task.data == "synthetic"
         num_classes = recipe.model.num_classes
         super().__init__(
-            _with_classes(_synthetic(task) if task.data == "synthetic" else _stored(task), num_classes),
+            _with_classes(_synthetic(task) if is_synthetic else _stored(task), num_classes),
             model.spec,
-            recipe.loading,
+            recipe.loading.model_copy(update={"num_tasks": 0}) if is_synthetic else recipe.loading,
             augment=recipe.augment,
             seed=recipe.seed,
             rank=rank,
