@@ -189,6 +189,7 @@ def test_evaluation_of_a_flipped_byte_or_other_classes_is_refused(made: shards.S
         evaluate(model, made, "val")
 
 
+@pytest.mark.slow
 def test_bulk_prediction_goes_on_where_it_was_stopped(photos: Path, model: Bundle, tmp_path: Path) -> None:
     inputs = bulk.from_folder(photos / "train")
     output = bulk.predict(model, inputs, tmp_path / "out", top_k=2, images_per_part=40)
@@ -213,6 +214,7 @@ def test_bulk_prediction_goes_on_where_it_was_stopped(photos: Path, model: Bundl
         bulk.predict(model, inputs, output, top_k=1, images_per_part=40)
 
 
+@pytest.mark.slow
 def test_bulk_prediction_of_shards_equals_that_of_their_files(
     made: shards.Shards, model: Bundle, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def fail_in_outage(server: Server, folder: Path, meanwhile: Callable[[], None]) 
     return run.id
 
 
+@pytest.mark.slow
 def test_outage_in_mid_run_costs_no_time_and_no_figure(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

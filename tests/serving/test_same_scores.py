@@ -36,6 +36,8 @@ from pipeline.types import Classification
 NAME = "same-scores"
 CLASSES = tuple(f"class {label}" for label in range(7))
 
+pytestmark = pytest.mark.slow
+
 
 def photo(seed: int = 0) -> bytes:
     """A smooth picture of 1,600 x 1,200 pixels lying on its side: scaled decoding and orientation both matter."""

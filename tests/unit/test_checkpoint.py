@@ -177,6 +177,7 @@ def test_reading_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not Path("executed").exists()
 
 
+@pytest.mark.slow
 def test_process_that_is_killed_while_it_writes_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     """Three kills, each at another moment of a writer that does nothing but write."""
     code = (
