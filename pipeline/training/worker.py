@@ -103,16 +103,23 @@ class _Teller:
     def __init__(self, assignment: Assignment, source: shards.Shards) -> None:
         self._store = assignment.checkpoints
         self._measured_on = source.manifest.dataset, source.manifest.digest
-        self._writer = journal.Writer(assignment.folder / journal.FOLDER, "rank0") if assignment.is_tracked else None
-        earlier = max((position.epoch for position in self._store.positions()), default=0)
-        self._kept = set(range(1, earlier + 1))  # epochs whose checkpoint MLflow may believe to be there
+        self._writer: journal.Writer | None = None
+        self._kept = set[int]()  # epochs whose checkpoint MLflow may believe to be there
+        if assignment.is_tracked:
+            self._writer = journal.Writer(assignment.folder / journal.FOLDER, "rank0")
+            earlier = max((position.epoch for position in self._store.positions()), default=0)
+            self._kept = set(range(1, earlier + 1))
 
     def __enter__(self) -> Observer:
         return self._tell
 
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._tell_what_is_gone(self._writer)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._writer is None:
+            return
+        try:
+            if error is None:  # else storage may be what failed, and that error is the one to tell
+                self._tell_what_is_gone(self._writer)
+        finally:
             self._writer.close()
 
     def _tell(self, epoch: Epoch) -> None:

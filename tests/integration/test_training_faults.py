@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from jobs._process import Service
 from pipeline import models
@@ -164,6 +165,12 @@ def test_job_that_is_stopped_and_then_killed_goes_on_when_it_is_resumed(
     assert job.returncode == 0, said
     assert exact(load(folder / "bundle"))[0] == exact(load(undisturbed / "bundle"))[0]
     assert history(folder) == history(undisturbed)
+    client = MlflowClient(mlflow_server.address)
+    experiment = client.get_experiment_by_name("faults")
+    shown = {model.name: model.tags["kept"] for model in client.search_logged_models([experiment.experiment_id])}
+    assert len(shown) == RECIPE["epochs"]
+    kept = {position.name for position in launch.store_of(folder).positions() if position.offset == 0}
+    assert {name for name, is_kept in shown.items() if is_kept == "true"} == kept
 
     nowhere = {"address": "http://127.0.0.1:9"}
     gone = Service(**{**vars(ray_head), **nowhere})
