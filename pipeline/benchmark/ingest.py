@@ -6,8 +6,6 @@ How blocks take turns is in `rounds`, what is compared in `contender`, how in `b
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,13 +72,9 @@ def run(config: Config, scratch: Path, ray_address: str, say: Say = lambda line:
     """
     names, missing = _chosen(config.contenders)
     load = os.getloadavg()[0]
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=scratch))
-    try:
+    with rounds.workspace(scratch) as folder:
         found = _rounds(config, names, folder, ray_address, say)
         converted = _converted(config, folder, say) if config.conversion else None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     facts = rounds.facts(config, config.quiet_share, load)
     return Report(
         **facts | {"versions": facts["versions"] | _versions()}, rounds=found, missing=missing, conversion=converted

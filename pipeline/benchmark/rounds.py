@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
@@ -69,6 +71,14 @@ def facts(config: Strict, quiet_share: float, load_before: float) -> dict[str, A
 def spread(values: Sequence[float]) -> Spread:
     """Median, smallest and largest."""
     return Spread(median(values), min(values), max(values))
+
+
+@contextmanager
+def workspace(scratch: Path) -> Iterator[Path]:
+    """A new folder in `scratch`, which is removed at the end whatever happens."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def take_turns(

@@ -9,7 +9,6 @@ processes are watched.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -108,14 +107,10 @@ def run(config: Config, scratch: Path, session: Session | None, say: Say = lambd
     """
     cases, load = _chosen(config), os.getloadavg()[0]
     wanted = {name: (block, cases[block.case]) for case in cases for name, block in _blocks(case, cases[case])}
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=scratch))
-    try:
+    with rounds.workspace(scratch) as folder:
         left_out = _missing(wanted, session) | _write_photos(config, wanted, folder, say)
         names = [name for name in wanted if name not in left_out]
         found = _rounds(config, {name: wanted[name] for name in names}, folder, session, say, left_out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     kept = [name for name in names if name not in left_out]
     if not kept:
         raise ConfigError("nothing could be measured: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch.multiprocessing.spawn import spawn
 
 from pipeline.benchmark.clock import Clock, Figures, Steps
-from pipeline.benchmark.flops import Format
 from pipeline.config import Strict
 from pipeline.errors import DataError
 from pipeline.training.loop import Recipe
@@ -51,7 +50,6 @@ class Task(Strict):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1)
     tf32: bool = False
-    seed: int = 0
     scratch: Path
     ray_address: str | None = None
     began: float
@@ -60,11 +58,6 @@ class Task(Strict):
     def global_batch_size(self) -> int:
         """Images per step on all workers."""
         return self.recipe.loading.batch_size * self.num_workers
-
-    @property
-    def number_format(self) -> Format:
-        """What most of the arithmetic is done in."""
-        return "tf32" if self.recipe.precision == "fp32" and self.tf32 else self.recipe.precision
 
     def clock(self, device: torch.device, roots: list[int]) -> Clock:
         """The clock of one worker."""
