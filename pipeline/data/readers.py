@@ -94,7 +94,7 @@ def _nameless_main() -> Iterator[None]:
 
 
 def start_server() -> None:
-    """Have the processes' server start and import, in the background, which takes seconds."""
+    """Have the server of `in_processes` start and import, in the background, which takes seconds."""
     forkserver.set_forkserver_preload([__name__])
     with _nameless_main():
         forkserver.ensure_running()
@@ -104,7 +104,6 @@ def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) ->
     """Decode in processes of a torch DataLoader; pixels come through shared memory."""
     if not batches:
         return
-    start_server()
     num_tasks = min(num_tasks, len(batches))
     pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *reading.image_shape)) for _ in range(num_tasks)]
     share = _Share(reading, batches, pages)
