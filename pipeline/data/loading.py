@@ -103,8 +103,6 @@ class Loader:
         self._decoder: gpu_decoding.Decoder | None = None
         if config.decode == "gpu":
             self._decoder = gpu_decoding.Decoder(spec, self.augment, source.manifest.decoding, device)
-        if config.reader == "local" and config.num_tasks > 0:
-            readers.start_server()  # while the caller makes a model
 
     @property
     def steps_per_epoch(self) -> int:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import weakref
-from multiprocessing import reduction
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ FREE, TAKEN = 0, 1
 
 
 class Pages:
-    """Some pages for one process that fills them and one that lends them; the first is given them when it is started.
+    """Some pages for one process that fills them and one that lends them; made before the first is forked.
 
     Whose turn it is stands in one byte for each page, which only the filler sets and only the lender clears, so that no
     lock is needed: a lender clears it while memory is collected, which may be in the middle of anything.
@@ -34,24 +31,9 @@ class Pages:
     """
 
     def __init__(self, num_pages: int, shape: tuple[int, ...]) -> None:
-        file = os.memfd_create("pages", os.MFD_CLOEXEC)  # which no small /dev/shm limits
-        os.ftruncate(file, num_pages * (math.prod(shape) + 1))  # zeros, which cost nothing yet
-        self._attach(file, num_pages, shape)
-
-    def _attach(self, file: int, num_pages: int, shape: tuple[int, ...]) -> None:
-        self._file = file
-        weakref.finalize(self, os.close, file)
         size = num_pages * math.prod(shape)
-        shared = np.frombuffer(mmap.mmap(file, size + num_pages), np.uint8)
+        shared = np.frombuffer(mmap.mmap(-1, size + num_pages), np.uint8)  # inherited; zeros, which cost nothing yet
         self._pages, self._states = shared[:size].reshape(num_pages, *shape), shared[size:]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a process that is being started; only there can the file travel."""
-        return {"file": reduction.DupFd(self._file), "num_pages": len(self._pages), "shape": self._pages.shape[1:]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In that process."""
-        self._attach(state["file"].detach(), state["num_pages"], state["shape"])
 
     def take(self) -> int | None:
         """In the filler: the number of a free page, or None."""

@@ -7,13 +7,14 @@ Task t of n makes the batches t, t + n, t + 2n, ..., in one long run: short task
 from __future__ import annotations
 
 import heapq
+import logging
 import math
-import sys
+import os
+import select
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing import popen_fork
+from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
@@ -23,10 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.pages import Pages
 from pipeline.data.reading import Columns, Reading, read_batches
-from pipeline.errors import VentralError, own_cause
+from pipeline.errors import DataError, VentralError, own_cause
 from pipeline.types import Int64Array, UInt8Array
 
+HELLO_S, STARTS = 10.0, 3
 _PREFETCH, _HELD = 2, 2  # batches of each process on their way, and in the hands of who asked for them
+
+log = logging.getLogger("ventral.data")
 
 
 def in_thread(reading: Reading, batches: list[Int64Array]) -> Iterator[Columns]:
@@ -63,41 +67,44 @@ class _Share(IterableDataset[Columns | VentralError]):
             yield error
 
 
-class _Process(ForkServerProcess):
-    """A process forked from a server of its own kind, which has everything imported and no threads.
+class _Process(ForkProcess):
+    """A process that is forked, and forked again where the child does not say that it runs.
 
-    A training process has threads (gloo's, autograd's, Ray's), and one that is forked from it may find a lock held for
-    ever by a thread that it does not have: CPython 3.11 was seen to hang in `fork` itself.
+    A training process has threads (gloo's, autograd's, Ray's), and CPython 3.11 was seen to hang in the child of such a
+    fork, before any of its Python ran: the lock of the list of threads was taken at that moment.
     """
+
+    _said: int
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  (multiprocessing's name)
-        with _nameless_main():
-            return ForkServerProcess._Popen(process_obj)
+        assert isinstance(process_obj, _Process)
+        for _ in range(STARTS):
+            hello, process_obj._said = os.pipe()
+            try:
+                made = popen_fork.Popen(process_obj)
+                if select.select([hello], [], [], HELLO_S)[0]:
+                    return made
+            finally:
+                os.close(hello)
+                os.close(process_obj._said)
+            log.warning("a reading process did not begin within %g s of its fork; another one is started", HELLO_S)
+            made.kill()
+            made.wait()
+            made.close()
+        raise DataError(
+            f"no process for reading images began within {HELLO_S:g} s, {STARTS} times; with loading.num_tasks=0 a "
+            "thread reads them"
+        )
+
+    def _bootstrap(self, parent_sentinel: int | None = None) -> Any:
+        """What runs first in the child."""
+        os.write(self._said, b".")
+        return super()._bootstrap(parent_sentinel)  # type: ignore[misc]  # typeshed leaves it out
 
 
-class _Context(ForkServerContext):
+class _Context(ForkContext):
     Process = _Process
-
-
-@contextmanager
-def _nameless_main() -> Iterator[None]:
-    """Keep a child from importing the program's main module: it needs nothing of it, which may be Ray's or a job's."""
-    main = vars(sys.modules["__main__"])
-    known: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
-    main["__spec__"] = None
-    main.pop("__file__", None)
-    try:
-        yield
-    finally:
-        main.update(known)
-
-
-def start_server() -> None:
-    """Have the server of `in_processes` start and import, in the background, which takes seconds."""
-    forkserver.set_forkserver_preload([__name__])
-    with _nameless_main():
-        forkserver.ensure_running()
 
 
 def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) -> Iterator[Columns]:

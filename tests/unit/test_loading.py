@@ -128,6 +128,38 @@ def test_processes_import_nothing_of_the_program_that_asks_for_them(stripes: sha
     assert ended.stdout.splitlines() == ["begun", "40", "40", f"{script} None"], ended.stderr
 
 
+HUNG = """
+import os, sys, time
+from pathlib import Path
+from pipeline.data import loading, readers, shards
+from pipeline.types import InputSpec
+
+hangs = Path(sys.argv[2])
+
+def hang_once():  # in the child, before its fork returns
+    if hangs.exists():
+        hangs.unlink()
+        time.sleep(1000)
+
+os.register_at_fork(after_in_child=hang_once)
+readers.HELLO_S = 1.0
+config = loading.Config(batch_size=4, reader="local", num_tasks=2)
+loader = loading.Loader(shards.load(Path(sys.argv[1])), InputSpec(size_hw=(28, 28)), config)
+print(sum(map(len, loader.train(0))))
+"""
+
+
+def test_a_fork_that_hangs_is_done_again(stripes: shards.Shards, tmp_path: Path) -> None:
+    script, hangs = tmp_path / "script.py", tmp_path / "hangs"
+    script.write_text(HUNG)
+    hangs.touch()
+    command = [sys.executable, str(script), str(stripes.path), str(hangs)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.stdout.splitlines() == ["40"], ended.stderr
+    assert not hangs.exists()
+    assert "did not begin within 1 s" in ended.stderr
+
+
 def test_a_position_goes_on_without_repeating_or_skipping_a_sample(stripes: shards.Shards) -> None:
     whole = Loader(stripes, SPEC, LOCAL)
     offset = 3 * whole.global_batch_size

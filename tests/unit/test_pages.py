@@ -9,10 +9,9 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from pipeline.data import readers
 from pipeline.data.pages import Pages
 
-SERVER = multiprocessing.get_context("forkserver")
+FORK = multiprocessing.get_context("fork")
 
 
 def test_a_page_is_free_again_when_nothing_holds_what_was_lent() -> None:
@@ -51,10 +50,9 @@ def _fill(pages: Pages, orders: Connection) -> None:
 
 
 def test_another_process_fills_what_this_one_has_given_back() -> None:
-    readers.start_server()  # one for all tests, that has imported what they need
     pages = Pages(2, (5,))
-    here, there = SERVER.Pipe()
-    process = SERVER.Process(target=_fill, args=(pages, there))
+    here, there = FORK.Pipe()
+    process = FORK.Process(target=_fill, args=(pages, there))
     process.start()
     held = []
     for value, expected in ((1, 0), (2, 1), (3, None)):
