@@ -13,7 +13,7 @@ from pipeline.tracking import registry, shipping
 
 
 class Replay(Job):
-    """Which run, by the name of its folder in `storage/runs`, and how long to try."""
+    """Which run or sweep, by the name of its folder in `storage/runs` or `storage/sweeps`, and how long to try."""
 
     run: str = Field(pattern=registry.NAME)
     timeout_s: float = Field(default=600, gt=0)
@@ -25,7 +25,8 @@ def replay(job: Replay) -> None:
     Raises:
         TrackingError: something is left.
     """
-    folder = job.store / "runs" / job.run
+    places = [job.store / kind / job.run for kind in ("runs", "sweeps")]
+    folder = next((place for place in places if place.exists()), places[0])
     with tracking_uri(job.store) as uri:
         left = shipping.replay(folder, uri, job.timeout_s)
         if left:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -53,6 +54,18 @@ def load(schema: type[StrictT], path: Path | str | None, overrides: Sequence[str
     for override in overrides:
         _apply(raw, override)
     return parse(schema, raw, where)
+
+
+def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a mapping with other values at some paths (`{"optim.lr": 0.01}`).
+
+    Raises:
+        ConfigError: a path leads through a value that is no mapping.
+    """
+    made: dict[str, Any] = copy.deepcopy(dict(raw))
+    for path, value in changes.items():
+        _put(made, path, value, f"'{path}'")
+    return made
 
 
 def parse(schema: type[StrictT], raw: Mapping[str, Any], where: str) -> StrictT:
@@ -138,19 +151,24 @@ def _read(path: Path) -> Any:
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.split(".")):
         raise ConfigError(f"override '{override}': expected key.path=value, for example optim.lr=0.01")
-    node = raw
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override '{override}': '{key}' holds {child!r}, not a mapping")
-        node = child
     try:
-        node[keys[-1]] = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': not a YAML value: {' '.join(str(error).split())}") from None
+    _put(raw, path, value, f"override '{override}'")
+
+
+def _put(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
+    *keys, last = path.split(".")
+    node = raw
+    for key in keys:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{where}: '{key}' holds {child!r}, not a mapping")
+        node = child
+    node[last] = value
 
 
 def _explain(schema: type[BaseModel], raw: Mapping[str, Any], detail: ErrorDetails) -> str:

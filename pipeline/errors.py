@@ -72,6 +72,7 @@ def own_cause(error: BaseException) -> BaseException:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, VentralError):
-            return cause
+            inner = getattr(cause, "cause", None)  # Ray raises one of both types, whose text is a traceback
+            return inner if isinstance(inner, VentralError) else cause
         cause = cause.__cause__ or getattr(cause, "cause", None)
     return error

@@ -115,6 +115,18 @@ def first_filters(network: nn.Module, title: str) -> Figure | None:
     return figure
 
 
+def range_test(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], title: str) -> Figure:
+    """The loss over rising learning rates, single batches and their running mean."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, ".", color="0.75", label="batch")
+    axes.plot(rates, smoothed, label="running mean")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
+    axes.set_ylim(0.9 * min(smoothed), 1.1 * max(smoothed))
+    axes.legend(frameon=False)
+    return figure
+
+
 def filter_pictures(weights: Float32Array) -> Float32Array:
     """Weights [N, C, H, W] as RGB [N, H, W, 3] in 0..1."""
     if weights.shape[1] != 3:

@@ -368,6 +368,16 @@ def has_ended(folder: Path) -> bool:
     return bool(said) and said[-1] != "RUNNING"
 
 
+def curve(folder: Path, key: str) -> dict[int, float]:
+    """The values of a metric by step, in the order in which they came; of each step the first."""
+    found: dict[int, float] = {}
+    for segment in segments(folder):
+        for entry in entries(segment):
+            if isinstance(entry, Metrics) and key in entry.values:
+                found.setdefault(entry.step, entry.values[key])
+    return found
+
+
 def _new_segment(folder: Path, name: str) -> tuple[Path, int]:
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.name.partition("-")[0]) for path in segments(folder)), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +92,20 @@ def finished(name: str, config: Config, folder: Path) -> Outcome | None:
     return Outcome(bundle.load(folder / "bundle"), reports, record.run_url, record.version)
 
 
-def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequence[Path] = ()) -> Outcome:
+def conduct(
+    name: str,
+    config: Config,
+    *,
+    storage: Path,
+    uri: str,
+    roots: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
+) -> Outcome:
     """Do the whole run on an initialised Ray, against the MLflow server at `uri`.
 
     Args:
         roots: folders that initial weights may lie in, beside `storage`.
+        tags: further ones of the MLflow run.
 
     Raises:
         VentralError: whatever went wrong; the MLflow run has ended as FAILED or KILLED.
@@ -111,7 +120,7 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
         if split not in config.evaluate:  # those are checked when they are evaluated
             shards.check(source, split)
     tracking = config.tracking.model_copy(update={"run_name": config.tracking.run_name or name})
-    tags = {"dataset_digest": source.manifest.digest, "seed": str(config.recipe.seed)}
+    tags = {"dataset_digest": source.manifest.digest, "seed": str(config.recipe.seed), **(tags or {})}
     seconds: dict[str, float] = {}
     known = (runs.known(folder) or _recorded(folder)) if config.resume else None
     with runs.start(uri, tracking, params=flatten(config), tags=tags, folder=folder, resume_id=known) as run:
@@ -120,7 +129,7 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
         run.log_text("config.yaml", dump(config))
         for split in ("train", *config.evaluate):
             run.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), split)
-        _prepare(config.recipe, source, folder, (*roots, storage), uri)
+        prepare(config.recipe, source, folder, (*roots, storage), uri)
         with _timed(seconds, "train"):
             made = launch.train(
                 folder,
@@ -135,7 +144,7 @@ def conduct(name: str, config: Config, *, storage: Path, uri: str, roots: Sequen
         with _timed(seconds, "evaluate"):
             reports = {split: _evaluate(made, source, split, folder, run) for split in config.evaluate}
         with _timed(seconds, "register"):
-            version = _register(run, made, config.register_as)
+            version = register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
     return Outcome(made, reports, run.url, version, seconds)
 
@@ -146,8 +155,17 @@ def _recorded(folder: Path) -> str | None:
     return None if record is None else record.run_id
 
 
-def _prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence[Path], uri: str) -> None:
-    """Put the weights that training starts from where every worker finds them; a resumed run has them."""
+def prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence[Path], uri: str) -> None:
+    """Put the weights that training starts from where every worker finds them; a resumed run has them.
+
+    Args:
+        folder: of the run; there they are called `start.INITIAL`.
+        roots: folders that they may lie in; below the last one, registered models are kept.
+        uri: of the MLflow server, for those.
+
+    Raises:
+        VentralError: there are none, or they do not fit.
+    """
     if recipe.start is None or (folder / start.INITIAL).exists():
         return
 
@@ -166,7 +184,12 @@ def _evaluate(made: Bundle, source: shards.Shards, split: Split, folder: Path, r
     return report
 
 
-def _register(run: runs.Run, made: Bundle, registration: Registration | None) -> registry.Version | None:
+def register(run: runs.Run, made: Bundle, registration: Registration | None) -> registry.Version | None:
+    """Register the bundle that a run has made, and move the alias; None: neither.
+
+    Raises:
+        TrackingError: the server does not answer for so long, or refuses.
+    """
     if registration is None:
         return None
     connection.wait(run.uri, REGISTRY_WAIT_S)  # unlike figures, a model goes straight to the server

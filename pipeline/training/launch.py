@@ -15,6 +15,7 @@ from pipeline.data import loading, shards
 from pipeline.errors import ConfigError, ModelError, VentralError, own_cause
 from pipeline.inference.bundle import Bundle, load
 from pipeline.models._contract import ClassifierConfig
+from pipeline.tracking import journal
 from pipeline.training import checkpoint
 from pipeline.training.loop import Recipe
 from pipeline.training.worker import Assignment, work
@@ -122,14 +123,23 @@ def check_folder(folder: Path, checkpoints: checkpoint.Config | None = None, *, 
         ConfigError: there is a run and `resume` is not set, or the reverse.
         DataError: the storage of the checkpoints cannot be listed.
     """
-    store = store_of(folder, checkpoints)
-    files = [path for path in (folder / RECORD, folder / "bundle") if path.exists()]
-    is_begun = files or store.positions()
-    if resume and not is_begun:
+    begun = where_begun(folder, checkpoints)
+    if resume and begun is None:
         raise ConfigError(f"{folder}: holds no run to resume; leave resume out to start anew")
-    if not resume and is_begun:
-        where = folder if files else store.folder
-        raise ConfigError(f"{where}: holds an earlier run; choose another name, delete it, or set resume=true")
+    if not resume and begun is not None:
+        raise ConfigError(f"{begun}: holds an earlier run; choose another name, delete it, or set resume=true")
+
+
+def where_begun(folder: Path, checkpoints: checkpoint.Config | None = None) -> Path | str | None:
+    """The folder that holds something of a run already, of the run itself or of its checkpoints; or None.
+
+    Raises:
+        DataError: the storage of the checkpoints cannot be listed.
+    """
+    if any((folder / name).exists() for name in (RECORD, "bundle", journal.FOLDER)):
+        return folder
+    store = store_of(folder, checkpoints)
+    return store.folder if store.positions() else None
 
 
 def fitted(model: ClassifierConfig, source: shards.Shards) -> ClassifierConfig:

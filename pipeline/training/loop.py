@@ -9,8 +9,9 @@ position. So a run that was killed anywhere goes on exactly: see `pipeline.train
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -33,7 +34,7 @@ from pipeline.data.transforms.classify import Augment
 from pipeline.data.transforms.mixing import Mixing
 from pipeline.evaluation.live import Precision, all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
-from pipeline.training import optim, precision, ranks, start, step, stopping
+from pipeline.training import finder, optim, precision, ranks, start, step, stopping
 from pipeline.training.checkpoint import Position, Store
 from pipeline.training.ema import Config as Averaging
 from pipeline.training.ema import Ema
@@ -122,14 +123,7 @@ def fit(
         DataError: a checkpoint cannot be written or read.
         DivergedError: the loss or a weight is not finite; no checkpoint holds such weights.
     """
-    stopping.mode_of(recipe.watch)
-    classify.check(recipe.augment, model.spec)
-    mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
-    precision.check(recipe.precision, device)
-    model = precision.arrange(
-        model.to(device), channels_last=recipe.channels_last, sync_batch_norm=recipe.sync_batch_norm
-    )
-    run = _Run(model, loader, recipe, device, checkpoints)
+    run = _begun(model, loader, recipe, device, checkpoints)
     state, guard = run.state, Guard(run.state, checkpoints, loader.global_batch_size)
     while state.epoch < recipe.epochs and not stopping.should_stop(recipe.watch, run.watched):
         run.train_epoch(guard)
@@ -139,6 +133,63 @@ def fit(
         observe(Epoch(state.epoch, recipe.epochs, metrics, seconds))
         guard.save()
     return run.finish()
+
+
+def find_rate(
+    model: Classifier,
+    loader: Loader,
+    recipe: Recipe,
+    config: finder.RangeTest,
+    *,
+    device: torch.device | str = "cpu",
+) -> finder.Curve:
+    """The loss of the first steps of a training at rising rates, for this rank's batch; the model stays as it was.
+
+    Raises:
+        ConfigError: the images do not allow the augmentation.
+        ModelError: there is no finite loss.
+    """
+    run = _begun(model, loader, recipe, device, None)
+    run.net.train()
+    start.hold_norms(model)
+    return finder.range_test(model, run.optimizer, run.endless_batches(), partial(run.loss, run.net), config)
+
+
+def find_batch(
+    model: Classifier,
+    loader: Loader,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    limit_bytes: int | None = None,
+) -> int:
+    """The largest batch whose training step fits into the memory of `device`; the model stays as it was.
+
+    Args:
+        limit_bytes: on a CPU, what the step may take; see `finder.step_probe`.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    run = _begun(model, loader, recipe, device, None)
+    run.net.train()
+    start.hold_norms(model)
+    probe = finder.step_probe(model, run.optimizer, partial(run.loss, run.net), limit_bytes)
+    return finder.largest_batch(probe)
+
+
+def _begun(
+    model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str, checkpoints: Store | None
+) -> _Run:
+    """A training on `device` whose recipe has been checked."""
+    stopping.mode_of(recipe.watch)
+    classify.check(recipe.augment, model.spec)
+    mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
+    precision.check(recipe.precision, device)
+    model = precision.arrange(
+        model.to(device), channels_last=recipe.channels_last, sync_batch_norm=recipe.sync_batch_norm
+    )
+    return _Run(model, loader, recipe, device, checkpoints)
 
 
 class _Run:
@@ -179,19 +230,31 @@ class _Run:
         """From where the state is to the end of its epoch."""
         self.net.train()
         start.hold_norms(self.model)
-        state, tally, covariance = self.state, self.state.tally, _covariance(self.loader)
+        state, tally = self.state, self.state.tally
         batches = iter(self.loader.train(state.epoch, state.offset))
         for _ in range(_steps_left(self.loader, state)):
             asked = time.monotonic()
             batch = next(batches).to(tally.loss.device)
             tally.waited_s += time.monotonic() - asked
-            _seed_step(self.recipe.seed, state)
-            batch = mixing.mix(batch, self.recipe.mixing, self.num_classes, torch.default_generator, covariance)
+            batch = self.mixed(batch)
             tally.lr = self._set_learning_rate()
             tally.loss += self._step(batch) * len(batch)
             state.offset += self.loader.global_batch_size
             guard.after_step()
             tally.seconds += time.monotonic() - asked
+
+    def mixed(self, batch: Batch) -> Batch:
+        """A batch on the device as a step gets it; what is random from here on follows from the position."""
+        _seed_step(self.recipe.seed, self.state)
+        covariance = _covariance(self.loader)
+        return mixing.mix(batch, self.recipe.mixing, self.num_classes, torch.default_generator, covariance)
+
+    def endless_batches(self) -> Iterator[Batch]:
+        """Those of one epoch after another, for steps that do not count."""
+        for epoch in itertools.count():
+            for batch in self.loader.train(epoch):
+                yield self.mixed(batch.to(self.state.tally.loss.device))
+                self.state.offset += self.loader.global_batch_size
 
     def measure(self, guard: Guard) -> dict[str, float]:
         """The metrics of an epoch that is trained to its end."""
@@ -261,13 +324,13 @@ class _Run:
     def _step(self, batch: Batch) -> Tensor:
         """One step on one batch; returns the loss, detached."""
         parts = step.split(batch, self.recipe.accumulate)
-        loss = step.backward(self.net, parts, partial(self._loss, self.net), self.scaler)
+        loss = step.backward(self.net, parts, partial(self.loss, self.net), self.scaler)
         step.update(self.optimizer, self.model.parameters(), self.scaler, self.recipe.optim.clip_norm)
         if self.average is not None:
             self.average.update(self.model)
         return loss
 
-    def _loss(self, net: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The mean loss over a batch, with its graph."""
         assert batch.targets is not None
         with autocast(self.recipe.precision, batch.images.device):
@@ -288,7 +351,7 @@ class _Run:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         images = torch.zeros(self.loader.config.batch_size, spec.num_channels, *spec.size_hw, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
-        torch.autograd.backward(self._loss(net, batch))
+        torch.autograd.backward(self.loss(net, batch))
         self.model.zero_grad(set_to_none=True)
         for buffer, value in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(value)

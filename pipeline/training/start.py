@@ -178,6 +178,16 @@ def restore(model: Classifier, path: Path) -> None:
     model.load_state_dict(load_file(path))
 
 
+def build(model: ClassifierConfig, seed: int, config: Config | None, folder: Path) -> Classifier:
+    """The model that a run in `folder` begins with: the same on every rank, and frozen as `config` says."""
+    torch.manual_seed(seed)
+    made = models.build(model)
+    if config is not None:
+        restore(made, folder / INITIAL)
+        freeze(made, config.freeze)
+    return made
+
+
 def _of_bundle(origin: str, found: Bundle) -> Weights:
     card = found.card
     return Weights(origin, importing.read_state(found.path / bundle.WEIGHTS), card.classes, card.model.input)

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import ray.train
 import ray.train.torch
-import torch
 
-from pipeline import models
 from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.inference import bundle
@@ -64,11 +62,7 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     recipe, source = assignment.recipe, shards.load(assignment.shards)
     device = ray.train.torch.get_device()
-    torch.manual_seed(recipe.seed)  # the same initial weights everywhere
-    model = models.build(assignment.model)
-    if recipe.start is not None:
-        start.restore(model, assignment.folder / start.INITIAL)
-        start.freeze(model, recipe.start.freeze)
+    model = start.build(assignment.model, recipe.seed, recipe.start, assignment.folder)
     loader = Loader(
         source,
         model.spec,

@@ -11,11 +11,14 @@ import torch
 from pydantic import BaseModel
 
 from jobs._run import Job
+from jobs.sweep import Sweep
 from pipeline import config, models
 from pipeline.models._contract import ClassifierConfig
+from pipeline.training import trials
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 PATHS = sorted(CONFIGS.rglob("*.yaml"))
+PATHS_OF_SWEEPS = [path for path in PATHS if path.parent.name == "sweep"]
 
 
 def job_of(path: Path) -> type[Job]:
@@ -46,6 +49,16 @@ def test_every_committed_run_is_accepted_and_its_models_build(path: Path) -> Non
     for model in models_in(job):
         with torch.device("meta"):  # no weights: an AlexNet would take a quarter of a gigabyte
             assert models.build(model).network is not None
+
+
+@pytest.mark.parametrize("path", PATHS_OF_SWEEPS, ids=lambda path: path.name)
+def test_every_trial_of_a_committed_sweep_has_a_model_that_builds(path: Path) -> None:
+    job = config.load(Sweep, path)
+    found = trials.expand(job.name, job.training, job.sweep)
+    assert len({trial.name for trial in found}) == len(found) > 1
+    for trial in found:
+        with torch.device("meta"):
+            assert models.build(trial.training.recipe.model).network is not None
 
 
 def test_there_are_runs_of_the_jobs_that_need_them() -> None:

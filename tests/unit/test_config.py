@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from pipeline import models
-from pipeline.config import Strict, dump, flatten, load, nearest, parse
+from pipeline.config import Strict, changed, dump, flatten, load, nearest, parse
 from pipeline.errors import ConfigError
 
 
@@ -111,6 +111,14 @@ def test_an_override_that_cannot_be_applied_is_named(override: str, sentence: st
         load(Run, None, ["name=a", override])
     assert f"override '{override}'" in str(caught.value)
     assert sentence in str(caught.value)
+
+
+def test_changed_is_a_copy_with_other_values_at_some_paths() -> None:
+    raw = {"a": {"b": 1, "c": [1]}}
+    assert changed(raw, {"a.b": 2, "d.e": "new", "a.c": [3]}) == {"a": {"b": 2, "c": [3]}, "d": {"e": "new"}}
+    assert raw == {"a": {"b": 1, "c": [1]}}
+    with pytest.raises(ConfigError, match=r"'a\.b\.x': 'b' holds 1, not a mapping"):
+        changed(raw, {"a.b.x": 1})
 
 
 def test_dump_spells_out_defaults_and_loads_again(tmp_path: Path) -> None:

@@ -266,6 +266,20 @@ def test_num_unshipped_counts_what_comes_after_the_mark(tmp_path: Path) -> None:
     assert journal.num_unshipped(tmp_path) == 5
 
 
+def test_curve_is_a_metric_by_step_and_a_resumption_adds_no_second_value(tmp_path: Path) -> None:
+    first = Writer(tmp_path, "rank0")
+    first.metrics({"val/top1": 0.5, "lr": 1.0}, 1)
+    first.metrics({"val/top1": 0.6}, 2)
+    first.close()
+    second = Writer(tmp_path, "rank0")
+    second.metrics({"val/top1": 0.61}, 2)
+    second.metrics({"val/top1": 0.7}, 3)
+    second.close()
+    assert journal.curve(tmp_path, "val/top1") == {1: 0.5, 2: 0.6, 3: 0.7}
+    assert journal.curve(tmp_path, "val/loss") == {}
+    assert journal.curve(tmp_path / "none", "val/top1") == {}
+
+
 def test_has_ended_takes_the_last_word(tmp_path: Path) -> None:
     assert not journal.has_ended(tmp_path)
     first = Writer(tmp_path, "driver")

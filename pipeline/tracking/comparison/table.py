@@ -18,7 +18,7 @@ def text(verdict: Verdict, notes: Sequence[str] = ()) -> str:
     width = shutil.get_terminal_size((100, 24)).columns
     parts = [
         textwrap.fill(verdict.sentence(), width),
-        _grid([_HEAD, *(_row(verdict, group) for group in verdict.ranked)]),
+        grid([_HEAD, *(_row(verdict, group) for group in verdict.ranked)]),
     ]
     if verdict.contrasts:
         rows = [["against the first", "ahead by", "95 % interval", "p images", "p seeds", "p, all tests"]]
@@ -26,12 +26,12 @@ def text(verdict: Verdict, notes: Sequence[str] = ()) -> str:
             interval = f"{100 * each.images.low:+.2f} to {100 * each.images.high:+.2f}" if each.images else ""
             p_values = [_p(value) for value in (each.images_p, each.seeds_p, each.p)]
             rows.append([each.other.name, points(each.difference), interval, *p_values])
-        parts.append(_grid(rows))
+        parts.append(grid(rows))
     differing = grouping.differences(verdict.ranked)
     if differing:
         rows = [["differs", *(group.name for group in verdict.ranked)]]
         rows += [[row.key, *(_cut(value) for value in row.values)] for row in differing]
-        parts.append(_grid(rows))
+        parts.append(grid(rows))
     parts += [textwrap.fill(f"Note: {note}", width) for note in notes]
     return "\n\n".join(parts)
 
@@ -62,7 +62,8 @@ def _cut(value: str) -> str:
     return value if len(value) <= MAX_VALUE else f"{value[: MAX_VALUE - 1]}\u2026"
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
