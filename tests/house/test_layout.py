@@ -91,7 +91,7 @@ def test_importing_everything_changes_nothing() -> None:
         names.remove(f"pipeline.benchmark.{peer}")
     code = f"""
 import os, random, signal, threading, torch, torchvision, numpy
-import ray, ray.data, ray.train.torch, ray.serve, mlflow.pyfunc
+import ray, ray.data, ray.train.torch, ray.tune, ray.serve, mlflow.pyfunc
 before = dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads()
 handlers, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
 for name in {names}: __import__(name)
