@@ -50,7 +50,7 @@ def search(job: Sweep) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line: python -m jobs.sweep jobs/configs/sweep/lenet5_mnist.yaml [key=value ...]."""
+    """Run from the command line: python -m jobs.sweep jobs/configs/sweep/lenet5_digits.yaml [key=value ...]."""
     return run(Sweep, search, argv)
 
 

@@ -150,8 +150,7 @@ def find_rate(
         ModelError: there is no finite loss.
     """
     run = _begun(model, loader, recipe, device, None)
-    run.net.train()
-    start.hold_norms(model)
+    run.begin_training()
     return finder.range_test(model, run.optimizer, run.endless_batches(), partial(run.loss, run.net), config)
 
 
@@ -172,8 +171,7 @@ def find_batch(
         ConfigError: not even one image fits.
     """
     run = _begun(model, loader, recipe, device, None)
-    run.net.train()
-    start.hold_norms(model)
+    run.begin_training()
     probe = finder.step_probe(model, run.optimizer, partial(run.loss, run.net), limit_bytes)
     return finder.largest_batch(probe)
 
@@ -228,8 +226,7 @@ class _Run:
 
     def train_epoch(self, guard: Guard) -> None:
         """From where the state is to the end of its epoch."""
-        self.net.train()
-        start.hold_norms(self.model)
+        self.begin_training()
         state, tally = self.state, self.state.tally
         batches = iter(self.loader.train(state.epoch, state.offset))
         for _ in range(_steps_left(self.loader, state)):
@@ -242,6 +239,11 @@ class _Run:
             state.offset += self.loader.global_batch_size
             guard.after_step()
             tally.seconds += time.monotonic() - asked
+
+    def begin_training(self) -> None:
+        """Training mode, but for the statistics of frozen layers."""
+        self.net.train()
+        start.hold_norms(self.model)
 
     def mixed(self, batch: Batch) -> Batch:
         """A batch on the device as a step gets it; what is random from here on follows from the position."""
