@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -53,6 +53,10 @@ class Job(Strict):
         """The absolute storage folder."""
         return (self.storage or Path(os.environ.get(STORAGE, "storage"))).expanduser().absolute()
 
+    def remarks(self) -> Iterable[str]:
+        """What a dry run adds to the configuration: what follows from it."""
+        return ()
+
 
 JobT = TypeVar("JobT", bound=Job)
 
@@ -81,7 +85,7 @@ def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] 
     try:
         job = config.load(schema, args.config, args.overrides)
         if args.dry_run:
-            print(config.dump(job), end="")
+            print(config.dump(job), *(f"# {line}\n" for line in job.remarks()), sep="", end="")
         else:
             work(job)
     except VentralError as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs._run import Job, ray_session, run, tracking_uri
 from pipeline.data import shards
@@ -28,10 +31,25 @@ class Sweep(Job):
     sweep: trials.Config
     resume: bool = False
 
+    @cached_property
+    def planned(self) -> tuple[trials.Trial, ...]:
+        """Every configuration that is tried, checked."""
+        return trials.expand(self.name, self.training, self.sweep)
+
+    @model_validator(mode="after")
+    def _has_trials(self) -> Self:
+        assert self.planned
+        return self
+
+    def remarks(self) -> Iterator[str]:
+        """The trials."""
+        for trial in self.planned:
+            yield f"trial {trial.name}: {json.dumps(trial.changes)}"
+
 
 def search(job: Sweep) -> None:
     """Do it, and print the table."""
-    found = trials.expand(job.name, job.training, job.sweep)
+    found = job.planned
     shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
     print(f"{len(found)} trials of {', '.join(job.sweep.keys) or 'the training as it is'}", flush=True)
     num_cpus = job.sweep.concurrent * max(trial.training.num_cpus() for trial in found)
@@ -39,7 +57,7 @@ def search(job: Sweep) -> None:
         place = outcomes.Place(job.name, job.store, uri, (job.data_folder,))
         try:
             with ray_session(job.store, num_cpus):
-                became = sweep.run(place, job.training, job.sweep, resume=job.resume)
+                became = sweep.run(place, found, job.training, job.sweep, resume=job.resume)
         except KeyboardInterrupt:
             sweep.close_runs(place, found)
             raise

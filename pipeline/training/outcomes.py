@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,20 @@ class Place:
         """The folder of a trial's training."""
         return self.storage / "runs" / trial.name
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a sweep already."""
+        return self._plan.exists()
+
+    def is_of(self, found: Iterable[Trial]) -> bool:
+        """Whether the sweep that was begun here has these trials."""
+        return self._plan.read_text() == _as_json(found)
+
+    def begin(self, found: Iterable[Trial]) -> None:
+        """Write down what this sweep is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        storage.write(str(self._plan), _as_json(found).encode())
+
     def outcome(self, trial: Trial) -> Outcome | None:
         """What became of a trial, if that is known.
 
@@ -86,6 +101,10 @@ class Place:
         """Keep what became of a trial."""
         self._file(trial).parent.mkdir(parents=True, exist_ok=True)
         storage.write(str(self._file(trial)), outcome.model_dump_json(indent=2).encode())
+
+    @property
+    def _plan(self) -> Path:
+        return self.folder / "sweep.json"
 
     def _file(self, trial: Trial) -> Path:
         return self.folder / "trials" / f"{trial.name}.json"
@@ -125,6 +144,10 @@ def as_csv(outcomes: Mapping[Trial, Outcome], config: trials.Config) -> str:
     for row, outcome in zip(body, outcomes.values(), strict=True):
         table.writerow([*row, outcome.run_id or "", outcome.error])
     return text.getvalue()
+
+
+def _as_json(found: Iterable[Trial]) -> str:
+    return json.dumps({trial.name: trial.changes for trial in found}, indent=2)
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,6 @@ trial is kept beside the sweep's own journal, so that a sweep that was stopped g
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,6 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipeline import storage
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, ModelError, TrackingError, VentralError, own_cause
 from pipeline.inference import bundle
@@ -42,20 +40,22 @@ TUNE_SETTINGS = {
 log = logging.getLogger("ventral.training")
 
 
-def run(place: Place, base: experiment.Config, config: trials.Config, *, resume: bool = False) -> dict[Trial, Outcome]:
+def run(
+    place: Place, found: Sequence[Trial], base: experiment.Config, config: trials.Config, *, resume: bool = False
+) -> dict[Trial, Outcome]:
     """Run all trials on an initialised Ray, and register the best where `base.register_as` says so.
 
     Args:
         place: where everything lies.
-        base: the training that trials change.
+        found: the trials, from `trials.expand`.
+        base: the training that they change.
         config: the sweep.
         resume: go on with an earlier sweep of this name: trials that finished or were stopped early stay as they are.
 
     Raises:
-        ConfigError: a trial cannot be run, or there is an earlier sweep of this name that is not this one.
+        ConfigError: there is an earlier sweep of this name that is not this one.
         ModelError: some trials failed; the others are kept.
     """
-    found = trials.expand(place.name, base, config)
     _check_earlier(place, found, resume=resume)
     tracking = base.tracking.model_copy(update={"run_name": place.name})
     params = {f"sweep.{key}": value for key, value in flatten(config).items()}
@@ -71,18 +71,14 @@ def run(place: Place, base: experiment.Config, config: trials.Config, *, resume:
         _tune(place, found, config, parent.id)
         outcomes = {trial: place.outcome(trial) or _lost() for trial in found}
         parent.log_text("trials.csv", as_csv(outcomes, config))
-        best = best_of(outcomes, base)
-        if best is not None:
-            _crown(parent, best, outcomes[best], base)
         if failed := {trial.name: outcome for trial, outcome in outcomes.items() if outcome.state == "failed"}:
             name, outcome = next(iter(failed.items()))
             raise ModelError(
                 f"{len(failed)} of {len(found)} trials failed: {name}: {outcome.error}; mend that and run again with "
                 "resume=true, what has come to an end is kept"
             )
-        if best is not None and base.register_as is not None:
-            made = runs.attach(place.uri, outcomes[best].run_id or "")
-            experiment.register(made, bundle.load(place.run(best) / "bundle"), base.register_as)
+        if (best := best_of(outcomes, base)) is not None:
+            _crown(parent, place, best, outcomes[best], base)
     return outcomes
 
 
@@ -246,28 +242,28 @@ def _scheduler(left: Sequence[Trial], config: trials.Config) -> tune.schedulers.
 
 def _check_earlier(place: Place, found: Sequence[Trial], *, resume: bool) -> None:
     """Refuse to continue by accident, and to continue another sweep; write down what this one is."""
-    path = place.folder / "sweep.json"
-    asked = {trial.name: trial.changes for trial in found}
-    if not path.exists():
+    if not place.is_begun:
         if resume:
             raise ConfigError(f"{place.folder}: holds no sweep to resume; leave resume out to start anew")
         for trial in found:
             launch.check_folder(place.run(trial), trial.training.checkpoints, resume=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write(str(path), json.dumps(asked, indent=2).encode())
+        place.begin(found)
     elif not resume:
         raise ConfigError(
             f"{place.folder}: holds an earlier sweep; choose another name, delete it and its runs, or set resume=true"
         )
-    elif json.loads(path.read_bytes()) != json.loads(json.dumps(asked)):
+    elif not place.is_of(found):
         raise ConfigError(f"{place.folder}: the sweep '{place.name}' was begun with other trials; choose another name")
 
 
-def _crown(parent: runs.Run, best: Trial, outcome: Outcome, base: experiment.Config) -> None:
-    """Write down which trial is the best."""
+def _crown(parent: runs.Run, place: Place, best: Trial, outcome: Outcome, base: experiment.Config) -> None:
+    """Write down which trial is the best of all, and register it: only when none is left to be run again."""
     assert outcome.value is not None
     parent.set_tags({"best_trial": best.name, "best_run_id": outcome.run_id or ""})
     parent.log_metrics({f"best/{base.recipe.watch.metric}": outcome.value}, 0)
+    if base.register_as is not None:
+        made = runs.attach(place.uri, outcome.run_id or "")
+        experiment.register(made, bundle.load(place.run(best) / "bundle"), base.register_as)
 
 
 def _lost() -> Outcome:

@@ -65,12 +65,13 @@ def test_a_sweep_stops_what_looks_bad_goes_on_after_a_failure_and_registers_the_
 ) -> None:
     base, config = parse(experiment.Config, TRAINING, "test"), parse(trials.Config, SWEEP, "test")
     place = Place("stripes", store, mlflow_server.address)
+    planned = trials.expand("stripes", base, config)
 
     with caplog.at_level("INFO"), pytest.raises(ModelError, match=r"1 of 4 trials failed: stripes-lost: .*later"):
-        sweep.run(place, base, config)
+        sweep.run(place, planned, base, config)
 
-    good, idle, wild, lost = trials.expand("stripes", base, config)
-    outcomes = {trial: place.outcome(trial) for trial in (good, idle, wild, lost)}
+    good = planned[0]
+    outcomes = {trial: place.outcome(trial) for trial in planned}
     assert [outcome and outcome.state for outcome in outcomes.values()] == ["finished", "stopped", "diverged", "failed"]
     epochs = [outcome.epochs for outcome in outcomes.values() if outcome]
     assert epochs == [40, epochs[1], 0, 0]
@@ -83,22 +84,23 @@ def test_a_sweep_stops_what_looks_bad_goes_on_after_a_failure_and_registers_the_
     found = runs_by_name(mlflow_server.address)
     parent = found["stripes"]
     assert parent.info.status == "FAILED"
+    assert "best/val/loss" not in parent.data.metrics, "not before all have come to an end"
+    assert "best_trial" not in parent.data.tags
     assert found.keys() == {"stripes", "stripes-good", "stripes-idle", "stripes-wild"}, "one failed before it had a run"
     children = [found[f"stripes-{case}"] for case in ("good", "idle", "wild")]
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
     assert [child.info.status for child in children] == ["FINISHED", "KILLED", "FAILED"]
     assert children[1].data.tags["stopped"].startswith("early by the sweep, after ")
-    assert not registered(mlflow_server.address), "not before all trials have come to an end"
+    assert not registered(mlflow_server.address)
 
     with pytest.raises(ConfigError, match="holds an earlier sweep"):
-        sweep.run(place, base, config)
-    other = config.model_copy(update={"cases": {"good": {}}})
+        sweep.run(place, planned, base, config)
     with pytest.raises(ConfigError, match="was begun with other trials"):
-        sweep.run(place, base, other, resume=True)
+        sweep.run(place, planned[:1], base, config, resume=True)
 
     shutil.copytree(store / "stripes", store / "later")
     before = (place.run(good) / "bundle" / "model.json").stat().st_mtime_ns
-    ended = sweep.run(place, base, config, resume=True)
+    ended = sweep.run(place, planned, base, config, resume=True)
     assert [outcome.state for outcome in ended.values()] == ["finished", "stopped", "diverged", "finished"]
     assert (place.run(good) / "bundle" / "model.json").stat().st_mtime_ns == before, "what is finished stays"
     assert best_of(ended, base) == good

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from jobs import sweep
 from pipeline.config import parse
 from pipeline.errors import ConfigError
 from pipeline.training import experiment, trials
@@ -113,3 +116,21 @@ def test_a_logarithm_is_uniform() -> None:
     logs = sorted(math.log10(trial.training.recipe.optim.lr) for trial in expand(space=space, num_samples=600))
     for share in (0.25, 0.5, 0.75):
         assert logs[int(600 * share)] == pytest.approx(-6 + 6 * share, abs=0.5)
+
+
+def test_the_door_s_dry_run_lists_the_trials_and_a_mistake_in_one_is_found_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"name": "try", "training": TRAINING, "sweep": {"space": {SEED: {"grid": [0, 1]}}}}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert sweep.main([str(path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["sweep"]["space"][SEED]["grid"] == [0, 1]
+    assert printed.endswith(f'# trial try-000: {{"{SEED}": 0}}\n# trial try-001: {{"{SEED}": 1}}\n')
+
+    assert sweep.main([str(path), "--dry-run", f"sweep.cases={{bad: {{{LR}: -1}}}}"]) == 2
+    assert (
+        "trial try-bad-000: training: recipe.optim.lr: input should be greater than 0, got -1"
+        in capsys.readouterr().err
+    )
