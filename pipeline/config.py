@@ -22,9 +22,9 @@ from pipeline.errors import ConfigError
 
 
 class Strict(BaseModel):
-    """A frozen configuration that forbids unknown keys and converts no types."""
+    """A frozen configuration that forbids unknown keys and converts no types; every number comes back from JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 StrictT = TypeVar("StrictT", bound=Strict)

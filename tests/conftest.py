@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from jobs import _stack
 from jobs._process import Service, stop
@@ -17,6 +18,10 @@ from pipeline import imaging
 from pipeline.data import rows, shards
 from pipeline.data.datasets import image_folder
 from pipeline.types import Split
+
+# A machine is busy now and then, and whichever case comes first imports torch.
+settings.register_profile("ventral", deadline=None)
+settings.load_profile("ventral")
 
 # Ray reports to Serve's autoscaler every 10 s by default: no test has so long.
 QUICK_METRICS = {

@@ -39,7 +39,7 @@ class Config(Strict):
     Attributes:
         every_steps: and one inside the epoch after so many steps.
         every_s: and one inside the epoch when the last is so many seconds old.
-        keep: so many of the newest; with `keep_best`, that of the best epoch too.
+        keep: so many of the newest.
         folder: below which each run has its folder, a path or a URL (`s3://bucket/checkpoints`); None: in the folder of
             the run.
     """
@@ -120,14 +120,8 @@ class Store:
         """
         return [position for position, is_finished in self._listed() if is_finished]
 
-    def save(
-        self,
-        position: Position,
-        parts: Mapping[str, Any],
-        progress: Mapping[str, Any],
-        protected: Iterable[Position] = (),
-    ) -> None:
-        """Write a checkpoint, then remove all but the newest `keep` and the protected ones.
+    def save(self, position: Position, parts: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove all but the newest `keep`.
 
         Raises:
             DataError: it cannot be written; those before it are as they were.
@@ -144,7 +138,7 @@ class Store:
                 f"{here}: cannot be written: {storage.reason(error)}; free some space or repair the storage, then go "
                 "on with resume=true"
             ) from None
-        self._prune(position, set(protected))
+        self._prune(position)
 
     def newest(self, device: torch.device | str) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None where none was ever finished; a warning names what is skipped.
@@ -193,11 +187,11 @@ class Store:
         parts = {name.removesuffix(".pt"): _parse(data, device) for name, data in contents.items()}
         return Checkpoint(position, parts, progress)
 
-    def _prune(self, newest: Position, protected: set[Position]) -> None:
+    def _prune(self, newest: Position) -> None:
         """Remove what is not kept. The one writer is at `newest`: what lies beyond was damaged when it was skipped."""
         found = self._listed()
         whole = [position for position, is_finished in found if is_finished and position <= newest]
-        kept = {*whole[-self.config.keep :], *protected}
+        kept = whole[-self.config.keep :]
         try:
             for position, _ in found:
                 if position not in kept:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -115,6 +116,7 @@ def conduct(
     if done := finished(name, config, folder):
         return done
     source, recipe = shards.load(storage / config.shards), config.recipe.model_dump(mode="json")
+    _check_start(name, recipe, folder)
     used: tuple[Split, ...] = ("train", "val")
     for split in used:
         if split not in config.evaluate:  # those are checked when they are evaluated
@@ -147,6 +149,15 @@ def conduct(
             version = register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
     return Outcome(made, reports, run.url, version, seconds)
+
+
+def _check_start(name: str, recipe: dict[str, Any], folder: Path) -> None:
+    """The weights that a run began with cannot be changed afterwards."""
+    if (record := Record.of(folder)) is not None and record.recipe.get("start") != recipe["start"]:
+        raise ConfigError(
+            f"{folder}: the run '{name}' was begun with recipe.start {record.recipe.get('start')}, now it is "
+            f"{recipe['start']}; resume it with that, or choose another name"
+        )
 
 
 def _recorded(folder: Path) -> str | None:

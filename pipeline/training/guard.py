@@ -1,7 +1,7 @@
 """Looks after a run between its steps: is it still finite, and is a checkpoint due? All ranks decide alike.
 
-Asking costs a wait for the device and a few bytes between the ranks, so it is done every `LOOK_EVERY` steps only. What
-is not finite stays so in a sum: nothing is missed in between.
+Asking costs a wait for the device and a few bytes between the ranks, so it is done about every `LOOK_S` seconds only,
+and at least every `LOOK_EVERY` steps. What is not finite stays so in a sum: nothing is missed in between.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pipeline.training import ranks
 from pipeline.training.checkpoint import Config, Store
 from pipeline.training.state import State
 
+LOOK_S = 2.0
 LOOK_EVERY = 50
 
 
@@ -35,10 +36,14 @@ class Guard:
     def __init__(self, state: State, store: Store | None, global_batch_size: int) -> None:
         self._state, self._store, self._global_batch_size = state, store, global_batch_size
         self._config = store.config if store else Config(every_s=None)
-        self._saved_at = time.monotonic()
+        self._saved_at = self._looked_at = time.monotonic()
+        self._steps, self._gap = 0, 1  # since the last look, and until the next
 
-    def after_step(self) -> None:
+    def after_step(self) -> list[float] | None:
         """Look, if it is time to, and store the state, if that is due.
+
+        Returns:
+            Every rank's sum of the loss over its images in the unfinished epoch, if it was time to look.
 
         Raises:
             DataError: the checkpoint cannot be written.
@@ -46,12 +51,14 @@ class Guard:
         """
         step, every = self._state.offset // self._global_batch_size, self._config.every_steps
         is_due = every is not None and step % every == 0
-        if not is_due and step % LOOK_EVERY:
-            return
+        self._steps += 1
+        if not is_due and self._steps < self._gap:
+            return None
         losses, is_late = self._ask()
         if is_due or is_late:
             self.check_weights()
             self._save(losses)
+        return losses
 
     def losses(self) -> list[float]:
         """Every rank's sum of the loss over its images in the unfinished epoch.
@@ -86,12 +93,15 @@ class Guard:
         self._saved_at = time.monotonic()
 
     def _ask(self) -> tuple[list[float], bool]:
-        """Every rank's loss, and whether rank 0 finds that the last checkpoint is too old."""
-        every_s = self._config.every_s
-        is_late = every_s is not None and time.monotonic() - self._saved_at > every_s
+        """Every rank's loss, and whether rank 0 finds the last checkpoint too old; it also times the next look."""
+        now, every_s = time.monotonic(), self._config.every_s
+        is_late = every_s is not None and now - self._saved_at > every_s
+        pace = self._steps / max(now - self._looked_at, 1e-9)
+        gap = min(LOOK_EVERY, max(1, int(pace * LOOK_S))) if self._steps else self._gap
         loss = self._state.tally.loss
-        told = ranks.gather(torch.stack([loss, torch.full_like(loss, is_late)]))
+        told = ranks.gather(torch.stack([loss, *(torch.full_like(loss, value) for value in (is_late, gap))]))
         losses = [float(value) for value in told[:, 0]]
+        self._looked_at, self._steps, self._gap = now, 0, int(told[0, 2])
         if not math.isfinite(sum(losses)):
             raise self._diverged(f"the training loss became {sum(losses)}")
         return losses, bool(told[0, 1])

@@ -32,16 +32,17 @@ from pipeline.data.loading import Loader
 from pipeline.data.transforms import classify, mixing
 from pipeline.data.transforms.classify import Augment
 from pipeline.data.transforms.mixing import Mixing
+from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.live import Precision, all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
 from pipeline.training import finder, optim, precision, ranks, start, step, stopping
-from pipeline.training.checkpoint import Position, Store
+from pipeline.training.checkpoint import Store
 from pipeline.training.ema import Config as Averaging
 from pipeline.training.ema import Ema
 from pipeline.training.guard import Guard
 from pipeline.training.optim import Config as Optim
 from pipeline.training.start import Config as Start
-from pipeline.training.state import State, Stateful, begin, resume
+from pipeline.training.state import Kept, State, Stateful, begin, resume
 from pipeline.training.stopping import Config as Watch
 from pipeline.training.targets import ClassWeights, class_weights, weigh
 
@@ -85,20 +86,61 @@ class Recipe(Strict):
     seed: int = Field(default=0, ge=0)
 
 
+REPORTED = (
+    *("train/loss", "lr", "images_per_s", "data_wait_share"),
+    *(f"val/{name}" for name in Counts(np.ones((1, 1), np.int64)).metrics()),
+)
+"""The metrics of every epoch: `images_per_s` is over all ranks, `data_wait_share` of this one's time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Epoch:
     """What an observer is told after each epoch.
 
     Attributes:
         number: epochs finished, from 1, of `total`.
-        metrics: `train/loss`, `val/top1`, ..., `lr`, `images_per_s` over all ranks, `data_wait_share`.
-        seconds: of training in this epoch, without validation.
+        metrics: those of `REPORTED`.
+        seconds: of training in this epoch.
+        measuring_s: of validation after it.
     """
 
     number: int
     total: int
     metrics: dict[str, float]
     seconds: float
+    measuring_s: float
+
+    @property
+    def left_s(self) -> float:
+        """What all the others will take, if they take as long."""
+        return (self.total - self.number) * (self.seconds + self.measuring_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an observer is told now and then within an epoch.
+
+    Attributes:
+        number: of this epoch, from 1, of `total`.
+        images: of this epoch that are behind us, of `num_images`, over all ranks.
+        loss: mean over them.
+        images_per_s: over all ranks, in this epoch.
+        data_wait_share: of this rank's time.
+    """
+
+    number: int
+    total: int
+    images: int
+    num_images: int
+    loss: float
+    images_per_s: float
+    data_wait_share: float
+
+    @property
+    def left_s(self) -> float:
+        """What all training takes from here on, validation not counted."""
+        left = self.num_images - self.images + (self.total - self.number) * self.num_images
+        return left / self.images_per_s
 
 
 def fit(
@@ -109,11 +151,12 @@ def fit(
     device: torch.device | str = "cpu",
     checkpoints: Store | None = None,
     observe: Callable[[Epoch], None] = lambda epoch: None,
+    notice: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, float]:
     """Train `model` in place, from its newest checkpoint if there is one, and leave it in evaluation mode.
 
-    An epoch is told to `observe` before its checkpoint is written, so that after a failure it may be told again, with
-    the same figures, but is never left out.
+    Within an epoch `notice` is told every few seconds how far it is. Each epoch is told to `observe` before its
+    checkpoint is written: after a failure it may be told again, with the same figures, but is never left out.
 
     Returns:
         The metrics of the epoch whose weights the model is left with.
@@ -126,11 +169,12 @@ def fit(
     run = _begun(model, loader, recipe, device, checkpoints)
     state, guard = run.state, Guard(run.state, checkpoints, loader.global_batch_size)
     while state.epoch < recipe.epochs and not stopping.should_stop(recipe.watch, run.watched):
-        run.train_epoch(guard)
-        metrics, seconds = run.measure(guard), state.tally.seconds
+        run.train_epoch(guard, notice)
+        metrics, measuring_s = run.measure(guard)
+        seconds = state.tally.seconds
         state.finish_epoch(metrics)
         run.note_best()
-        observe(Epoch(state.epoch, recipe.epochs, metrics, seconds))
+        observe(Epoch(state.epoch, recipe.epochs, metrics, seconds, measuring_s))
         guard.save()
     return run.finish()
 
@@ -180,7 +224,7 @@ def _begun(
     model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str, checkpoints: Store | None
 ) -> _Run:
     """A training on `device` whose recipe has been checked."""
-    stopping.mode_of(recipe.watch)
+    stopping.check(recipe.watch, REPORTED)
     classify.check(recipe.augment, model.spec)
     mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
     precision.check(recipe.precision, device)
@@ -205,11 +249,10 @@ class _Run:
         self.num_rows, self.num_classes = manifest.num_rows("train"), len(manifest.classes)
         weights = class_weights(recipe.class_weights, manifest.class_counts["train"])
         self.class_weights = None if weights is None else weights.to(device)
+        self.best = Kept()
         self.state = begin(self._parts(), loader, device)
         if checkpoints is not None:
             resume(self.state, checkpoints, device)
-        self.best = self._stored_best(checkpoints, device)
-        self._protect_best()
         if recipe.compile:
             precision.compile_network(model)
         self.net = self._distributed(device) if ranks.world_size() > 1 else model
@@ -222,9 +265,9 @@ class _Run:
     @property
     def watched(self) -> list[float]:
         """The watched metric of every finished epoch."""
-        return [stopping.watched(self.recipe.watch, metrics) for metrics in self.state.history]
+        return [metrics[self.recipe.watch.metric] for metrics in self.state.history]
 
-    def train_epoch(self, guard: Guard) -> None:
+    def train_epoch(self, guard: Guard, notice: Callable[[Progress], None]) -> None:
         """From where the state is to the end of its epoch."""
         self.begin_training()
         state, tally = self.state, self.state.tally
@@ -237,8 +280,10 @@ class _Run:
             tally.lr = self._set_learning_rate()
             tally.loss += self._step(batch) * len(batch)
             state.offset += self.loader.global_batch_size
-            guard.after_step()
+            losses = guard.after_step()
             tally.seconds += time.monotonic() - asked
+            if losses is not None:
+                notice(self._progress(losses))
 
     def begin_training(self) -> None:
         """Training mode, but for the statistics of frozen layers."""
@@ -253,67 +298,67 @@ class _Run:
 
     def endless_batches(self) -> Iterator[Batch]:
         """Those of one epoch after another, for steps that do not count."""
+        assert self.loader.steps_per_epoch  # or an error that says why there are none
         for epoch in itertools.count():
             for batch in self.loader.train(epoch):
                 yield self.mixed(batch.to(self.state.tally.loss.device))
                 self.state.offset += self.loader.global_batch_size
 
-    def measure(self, guard: Guard) -> dict[str, float]:
-        """The metrics of an epoch that is trained to its end."""
+    def measure(self, guard: Guard) -> tuple[dict[str, float], float]:
+        """The metrics of an epoch that is trained to its end, and the seconds that measuring took."""
         waited_from = time.monotonic()
         losses, tally, state = guard.losses(), self.state.tally, self.state
-        tally.seconds += time.monotonic() - waited_from  # for steps that the device had not done yet
+        began = time.monotonic()
+        tally.seconds += began - waited_from  # for steps that the device had not done yet
         guard.check_weights()
         _share_buffers(self.model)
         if self.average is not None:
             _share_buffers(self.average.model)
         batches = self.loader.evaluate("val")
         counts = evaluate(self.measured, batches, self.num_classes, tally.loss.device, self.recipe.precision)
-        return {
+        metrics = {
             "train/loss": sum(losses) / state.offset,
             "lr": tally.lr,
             "images_per_s": state.offset / tally.seconds,
             "data_wait_share": tally.waited_s / tally.seconds,
             **{f"val/{name}": value for name, value in all_reduce(counts).metrics().items()},
         }
+        return metrics, time.monotonic() - began
 
     def note_best(self) -> None:
         """Keep the weights of the last epoch, if it is the best one and the best are wanted."""
-        self._protect_best()
         if self.recipe.keep_best and stopping.is_best(self.recipe.watch, self.watched):
-            self.best = {name: value.clone() for name, value in self.measured.state_dict().items()}
+            self.best.put(self.measured.state_dict())
 
     def finish(self) -> dict[str, float]:
         """Leave the model with the weights that count, in evaluation mode, and return their metrics."""
         self.model.eval()
-        self.model.load_state_dict(self.best or self.measured.state_dict())
+        self.model.load_state_dict(self.best.weights or self.measured.state_dict())
         at = stopping.best_epoch(self.recipe.watch, self.watched) if self.recipe.keep_best else -1
         return dict(self.state.history[at])
 
+    def _progress(self, losses: list[float]) -> Progress:
+        state, tally = self.state, self.state.tally
+        return Progress(
+            state.epoch + 1,
+            self.recipe.epochs,
+            state.offset,
+            self.num_rows,
+            loss=sum(losses) / state.offset,
+            images_per_s=state.offset / tally.seconds,
+            data_wait_share=tally.waited_s / tally.seconds,
+        )
+
     def _parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""
-        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer}
+        parts: dict[str, Stateful] = {"model": self.model, "optimizer": optim.Momenta(self.optimizer)}
         if self.average is not None:
             parts["ema"] = self.average
         if self.scaler.is_enabled():
             parts["scaler"] = self.scaler
+        if self.recipe.keep_best:
+            parts["best"] = self.best
         return parts
-
-    def _protect_best(self) -> None:
-        if self.recipe.keep_best and self.state.history:
-            self.state.protected = {self._best_position}
-
-    @property
-    def _best_position(self) -> Position:
-        return Position(1 + stopping.best_epoch(self.recipe.watch, self.watched))
-
-    def _stored_best(self, checkpoints: Store | None, device: torch.device | str) -> dict[str, Tensor]:
-        """Those of the best epoch so far, where they are kept and a run goes on; else nothing."""
-        if not self.recipe.keep_best or checkpoints is None or not self.state.history:
-            return {}
-        parts = checkpoints.load(self._best_position, device).parts
-        weights: dict[str, Tensor] = parts["model"] if self.average is None else parts["ema"]["model"]
-        return weights
 
     def _set_learning_rate(self) -> float:
         """Let the learning rate follow the position, which is counted in images, on however many workers."""

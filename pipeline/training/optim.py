@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -88,6 +88,29 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
     nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+
+
+class Momenta:
+    """What an optimiser has gathered over its steps, as a checkpoint holds it.
+
+    Decay, momentum and all else that a recipe says stay what they are when it is taken back: they are those of the
+    recipe that a run goes on with.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the optimiser."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Take it back, without what the recipe says."""
+        groups = self._optimizer.param_groups
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self._optimizer.load_state_dict(state_dict)
+        for group, own in zip(self._optimizer.param_groups, asked, strict=True):
+            group.update(own)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

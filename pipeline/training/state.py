@@ -30,6 +30,25 @@ class Stateful(Protocol):
         """Take it back."""
 
 
+class Kept:
+    """Weights that were put aside; none at first."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep a copy of these, and no longer those before."""
+        self.weights = {name: value.clone() for name, value in weights.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of them."""
+        return self.weights
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], /) -> None:
+        """Take them back."""
+        self.weights = state_dict
+
+
 @dataclass(slots=True)
 class Tally:
     """Sums over the steps of the unfinished epoch.
@@ -56,7 +75,6 @@ class State:
         epoch: finished epochs.
         offset: draws of the next one that are behind us, over all workers.
         history: the metrics of each finished epoch.
-        protected: checkpoints that must stay, however old.
     """
 
     parts: Mapping[str, Stateful]
@@ -65,7 +83,6 @@ class State:
     epoch: int = 0
     offset: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    protected: set[Position] = field(default_factory=set)
 
     @property
     def position(self) -> Position:
@@ -86,7 +103,7 @@ class State:
         sums = {"lr": self.tally.lr, "seconds": self.tally.seconds, "waited_s": self.tally.waited_s}
         progress = {"order": self.order, "tally": {"loss": losses, **sums}, "history": self.history}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        store.save(self.position, parts, progress, self.protected)
+        store.save(self.position, parts, progress)
 
     def restore(self, stored: Checkpoint, folder: str) -> None:
         """Take up what was stored.

@@ -7,7 +7,7 @@ and every answer follows from them, so a resumed run decides as the uninterrupte
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -57,15 +57,15 @@ def mode_of(config: Config) -> Mode:
     return "min" if less else "max"
 
 
-def watched(config: Config, metrics: Mapping[str, float]) -> float:
-    """The value of the watched metric in an epoch.
+def check(config: Config, reported: Sequence[str]) -> None:
+    """Make sure that the metric is one that training reports, and that it is known what is better.
 
     Raises:
-        ConfigError: training reports no such metric.
+        ConfigError: it is not.
     """
-    if config.metric not in metrics:
-        raise ConfigError(f"watch.metric: training reports no '{config.metric}'; {nearest(config.metric, [*metrics])}")
-    return metrics[config.metric]
+    if config.metric not in reported:
+        raise ConfigError(f"watch.metric: training reports no '{config.metric}'; {nearest(config.metric, reported)}")
+    mode_of(config)
 
 
 def best_epoch(config: Config, values: Sequence[float]) -> int:

@@ -17,10 +17,10 @@ from pipeline.data.loading import Loader
 from pipeline.inference import bundle
 from pipeline.models._contract import ClassifierConfig
 from pipeline.tracking import journal, system
-from pipeline.training import checkpoint, start
+from pipeline.training import checkpoint, lines, start
 from pipeline.training.checkpoint import Position
 from pipeline.training.guard import DivergedError
-from pipeline.training.loop import Epoch, Recipe, fit
+from pipeline.training.loop import Epoch, Progress, Recipe, fit
 
 Observer = Callable[[Epoch], None]
 
@@ -75,7 +75,15 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
     )
     with _watched(assignment), _Teller(assignment, source) if rank == 0 else nullcontext(_say_nothing) as observe:
         try:
-            metrics = fit(model, loader, recipe, device=device, checkpoints=assignment.checkpoints, observe=observe)
+            metrics = fit(
+                model,
+                loader,
+                recipe,
+                device=device,
+                checkpoints=assignment.checkpoints,
+                observe=observe,
+                notice=lines.Ticker(log) if rank == 0 else _say_nothing,
+            )
         except DivergedError as error:  # on every rank
             return error
     if rank == 0:
@@ -118,7 +126,7 @@ class _Teller:
 
     def _tell(self, epoch: Epoch) -> None:
         """Before the checkpoint is committed: what lies before one is not said again when a run is resumed from it."""
-        log.info("%s", describe(epoch))
+        log.info("%s", lines.of_epoch(epoch))
         if self._writer is None:
             return
         self._tell_what_is_gone(self._writer)
@@ -138,7 +146,7 @@ class _Teller:
         self._kept &= there
 
 
-def _say_nothing(epoch: Epoch) -> None:
+def _say_nothing(_: Epoch | Progress) -> None:
     """What the other ranks have to tell."""
 
 
@@ -148,14 +156,3 @@ def _watched(assignment: Assignment) -> AbstractContextManager[None]:
     if not (assignment.is_tracked and assignment.system_metrics) or context.get_local_rank() != 0:
         return nullcontext()
     return system.watched(assignment.folder, f"node{context.get_node_rank()}")
-
-
-def describe(epoch: Epoch) -> str:
-    """One line of progress for a person."""
-    left_s = (epoch.total - epoch.number) * epoch.seconds
-    values = epoch.metrics
-    return (
-        f"epoch {epoch.number}/{epoch.total}  loss {values['train/loss']:.4f}  val loss {values['val/loss']:.4f}  "
-        f"val top-1 {values['val/top1']:.4f}  lr {values['lr']:.2g}  {values['images_per_s']:.0f} images/s  "
-        f"data wait {values['data_wait_share']:.0%}  about {left_s:.0f} s left"
-    )

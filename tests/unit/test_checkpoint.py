@@ -23,9 +23,9 @@ def parts(value: float) -> dict[str, Any]:
     return {"model": {"weight": torch.full((50,), value)}, "optimizer": {"state": {0: torch.tensor(value)}}}
 
 
-def save(store: Store, *position: int, protected: tuple[Position, ...] = ()) -> Path:
+def save(store: Store, *position: int) -> Path:
     at = Position(*position)
-    store.save(at, parts(at.epoch + at.offset / 100), {"note": list(position)}, protected)
+    store.save(at, parts(at.epoch + at.offset / 100), {"note": list(position)})
     return Path(store.folder) / at.name
 
 
@@ -62,14 +62,12 @@ def test_figures_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_save_keeps_the_newest_and_what_is_protected(tmp_path: Path, keep: int) -> None:
+def test_save_keeps_the_newest(tmp_path: Path, keep: int) -> None:
     store = Store(str(tmp_path), Config(keep=keep))
     positions = [Position(0, 50), Position(1), Position(1, 50), Position(2), Position(2, 50)]
     for at in positions:
-        save(store, *at, protected=(Position(0, 50),))
-    assert store.positions() == [positions[0], *positions[1:][-keep:]]
-    save(store, 3)
-    assert store.positions() == [*positions, Position(3)][-keep:]
+        save(store, *at)
+    assert store.positions() == positions[-keep:]
 
 
 def test_positions_are_sorted_as_numbers_beyond_their_digits(tmp_path: Path) -> None:

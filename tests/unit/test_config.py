@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -147,3 +148,14 @@ def test_nearest_names_nothing_where_nothing_is_near() -> None:
 def test_parse_names_the_origin() -> None:
     with pytest.raises(ConfigError, match=r"^the card: name: missing, a value is required$"):
         parse(Run, {}, "the card")
+
+
+class Figures(Strict):
+    values: dict[str, float]
+
+
+def test_numbers_that_are_none_come_back_too() -> None:
+    given = Figures(values={"loss": math.inf, "recall": math.nan, "lr": 1e-310})
+    back = Figures.model_validate_json(given.model_dump_json(), strict=True)
+    assert str(back) == str(given)
+    assert str(parse(Figures, given.model_dump(mode="json"), "here")) == str(given)

@@ -49,5 +49,7 @@ def test_what_cannot_be_found_is_said_in_one_sentence(config: Path, capsys: pyte
     where = f"storage={config.parent}"
     assert find.main([str(config), where, "range_test=null", "memory_gib=0.0001"]) == 2
     assert "not even one image fits into memory" in capsys.readouterr().err
+    assert find.main([str(config), where, "training.recipe.loading.batch_size=41"]) == 3
+    assert "40 training images do not fill one batch of 41" in capsys.readouterr().err
     assert find.main([str(config), where, "training.shards=nowhere"]) == 3
     assert "nowhere" in capsys.readouterr().err

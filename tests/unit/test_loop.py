@@ -22,7 +22,7 @@ from pipeline.models._contract import Classifier
 from pipeline.training import guard
 from pipeline.training.checkpoint import Config, Position, Store
 from pipeline.training.guard import DivergedError
-from pipeline.training.loop import Epoch, Recipe, fit
+from pipeline.training.loop import REPORTED, Epoch, Progress, Recipe, fit
 from pipeline.types import InputSpec
 
 
@@ -176,11 +176,11 @@ def test_a_resumed_run_repeats_no_step_that_a_checkpoint_holds(stripes: shards.S
 def test_checkpoints_inside_an_epoch_come_also_by_the_clock(
     stripes: shards.Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "LOOK_EVERY", 2)
+    monkeypatch.setattr(guard, "LOOK_S", 1e-9)
     store, model = Store(str(tmp_path), Config(every_s=1e-9)), fresh(recipe())
     with pytest.raises(KilledError):
         fit(model, Mortal(stripes, recipe(), model.spec, 3), recipe(), checkpoints=store)
-    assert store.positions() == [(0, 16)]
+    assert store.positions() == [(0, 16), (0, 24)]
     patient = Store(str(tmp_path / "patient"), Config(every_s=1e9))
     with pytest.raises(KilledError):
         fit(model, Mortal(stripes, recipe(), model.spec, 3), recipe(), checkpoints=patient)
@@ -234,8 +234,21 @@ def test_keep_best_ends_with_the_weights_of_the_best_epoch(stripes: shards.Shard
     assert best < 5, "the test needs a run that does not get better to the end"
     assert all(torch.equal(value, seen[best][1][name]) for name, value in model.state_dict().items())
     assert any(not torch.equal(value, seen[-1][1][name]) for name, value in model.state_dict().items())
-    assert {(best + 1, 0), (6, 0)} <= set(store.positions())
-    assert len(store.positions()) <= 3
+
+
+def test_the_best_weights_survive_the_loss_of_any_one_checkpoint(stripes: shards.Shards, tmp_path: Path) -> None:
+    given = recipe(epochs=6, optim={"lr": 0.05, "schedule": "constant"}, keep_best=True)
+    whole, epochs = trained(stripes, given)
+    values = [epoch.metrics["val/top1"] for epoch in epochs]
+    assert max(values) > values[-1], "the test needs a run that does not get better to the end"
+    for number in range(2, 6):  # before the best epoch, just after it and later
+        store, model = Store(str(tmp_path / str(number))), fresh(given)
+        with pytest.raises(KilledError):
+            fit(model, Mortal(stripes, given, model.spec, 5 * number), given, checkpoints=store)
+        assert store.positions() == [(number - 1, 0), (number, 0)]
+        (tmp_path / str(number) / Position(number).name / "model.pt").write_bytes(b"torn")
+        again, _ = trained(stripes, given, checkpoints=store)
+        assert same(whole, again)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(
@@ -251,11 +264,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(
 def test_a_loss_that_is_not_finite_is_noticed_inside_the_epoch(
     stripes: shards.Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "LOOK_EVERY", 3)
+    monkeypatch.setattr(guard, "LOOK_S", 1e-9)
     given = recipe(optim={"lr": 1e30})
     model = fresh(given)
-    with pytest.raises(DivergedError, match="in epoch 1, within its first 24 images"):
+    with pytest.raises(DivergedError, match="in epoch 1, within its first 16 images"):
         fit(model, Mortal(stripes, given, model.spec, 4), given)  # a fifth batch would kill it
+
+
+def test_within_an_epoch_it_is_told_how_far_it_is(stripes: shards.Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LOOK_S", 1e9)
+    monkeypatch.setattr(guard, "LOOK_EVERY", 2)
+    told = list[Progress]()
+    _, epochs = trained(stripes, recipe(epochs=2), notice=told.append)
+    assert [(each.number, each.images, each.num_images) for each in told] == [
+        *[(1, 8, 40), (1, 24, 40), (1, 40, 40)],  # after the first step nobody knows yet how long one takes
+        *[(2, 16, 40), (2, 32, 40)],
+    ]
+    assert told[2].loss == pytest.approx(epochs[0].metrics["train/loss"])
+    assert told[2].left_s == pytest.approx(40 / told[2].images_per_s)
+    assert epochs[0].left_s == pytest.approx(epochs[0].seconds + epochs[0].measuring_s)
+    assert epochs[1].left_s == 0
 
 
 class Recorder(torch.nn.Module):
@@ -354,8 +382,61 @@ def test_a_plateau_lowers_the_rate(stripes: shards.Shards) -> None:
 
 
 def test_an_unknown_watched_metric_is_named(stripes: shards.Shards) -> None:
-    with pytest.raises(ConfigError, match="training reports no 'val/top2'"):
-        trained(stripes, recipe(epochs=1, watch={"metric": "val/top2", "mode": "max"}, keep_best=True))
+    given = recipe(epochs=1, watch={"metric": "val/top2", "mode": "max"})
+    with pytest.raises(ConfigError, match=r"training reports no 'val/top2'; .*known: .*val/top1"):
+        fit(fresh(given), Mortal(stripes, given, fresh(given).spec, 0), given)  # the first batch would kill it
+
+
+def test_every_reported_metric_can_be_watched(stripes: shards.Shards) -> None:
+    _, epochs = trained(stripes, recipe(epochs=1))
+    assert epochs[0].metrics.keys() == set(REPORTED)
+
+
+def test_a_resumed_run_takes_decay_and_momentum_from_its_recipe(stripes: shards.Shards, tmp_path: Path) -> None:
+    def resumed(name: str, **optim: Any) -> Classifier:
+        store, given = Store(str(tmp_path / name)), recipe(epochs=1, optim={"lr": 0.05, "schedule": "constant"})
+        trained(stripes, given, checkpoints=store)
+        return trained(stripes, recipe(epochs=2, optim=dict(given.optim) | optim), checkpoints=store)[0]
+
+    unchanged = resumed("unchanged")
+    assert same(unchanged, resumed("again"))
+    assert not same(unchanged, resumed("decay", weight_decay=0.1))
+    assert not same(unchanged, resumed("momentum", momentum=0.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_weights": "balanced"},
+        {"mixing": {"mixup": 0.4}},
+        {"mixing": {"cutmix": 1.0}},
+        {"label_smoothing": 0.1},
+        {"precision": "bf16"},
+        {"ema": {"decay": 0.9}},
+        {"augment": {"crop": "none", "flip": False}},
+        {"optim": {"lr": 0.05, "momentum": 0.9, "clip_norm": 0.01}},
+        {"optim": {"lr": 0.05, "momentum": 0.9, "warmup_epochs": 1}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_key_of_the_recipe_changes_what_is_trained(
+    stripes: shards.Shards, plain_epoch: Classifier, change: dict[str, Any]
+) -> None:
+    manifest = stripes.manifest.model_copy(update={"class_counts": {"train": (10, 30), "val": (7, 6)}})
+    uneven = shards.Shards(stripes.path, manifest)  # what weights go by
+    assert not same(plain_epoch, trained(uneven, recipe(epochs=1, **change))[0])
+
+
+@pytest.fixture(scope="module")
+def plain_epoch(stripes: shards.Shards) -> Classifier:
+    return trained(stripes, recipe(epochs=1))[0]
+
+
+def test_accumulated_parts_add_up_to_the_whole(stripes: shards.Shards, plain_epoch: Classifier) -> None:
+    parts, _ = trained(stripes, recipe(epochs=1, accumulate=4))
+    assert not same(plain_epoch, parts), "the last bits tell that it was done in parts"
+    for name, value in plain_epoch.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_the_rate_is_scaled_to_the_batch(stripes: shards.Shards) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.config import parse
 from pipeline.errors import ConfigError
-from pipeline.training.stopping import Config, best_epoch, is_best, mode_of, num_drops, should_stop, watched
+from pipeline.training.stopping import Config, best_epoch, check, is_best, mode_of, num_drops, should_stop
 
 
 def config(**keys: Any) -> Config:
@@ -37,9 +37,9 @@ def test_mode_follows_from_the_name_or_is_asked_for(metric: str, mode: str | Non
 
 
 def test_missing_metric_names_those_that_there_are() -> None:
-    assert watched(config(metric="val/loss"), {"val/loss": 0.5}) == 0.5
+    check(config(metric="val/loss"), ["val/top1", "val/loss"])
     with pytest.raises(ConfigError, match=r"reports no 'val/top2'; did you mean 'val/top1'\?"):
-        watched(config(metric="val/top2", mode="max"), {"val/top1": 0.5, "val/loss": 1.0})
+        check(config(metric="val/top2", mode="max"), ["val/top1", "val/loss"])
 
 
 def test_best_epoch_is_the_first_of_the_best_and_never_one_without_a_number() -> None:
