@@ -46,6 +46,9 @@ class Config(rows.Config):
     seed: int = Field(default=0, ge=0)
 
 
+_DEFAULTS = Config().model_dump(mode="json")
+
+
 def ingest(
     dataset: datasets.DatasetConfig,
     config: Config,
@@ -257,8 +260,11 @@ def _check_same(before: shards.Shards, asked: dict[str, Any], classes: tuple[str
 
 
 def _of_rows(config: dict[str, Any]) -> dict[str, Any]:
-    """What the shards depend on: another limit of rejects changes none of them, and must not cost what is done."""
-    return {name: value for name, value in config.items() if name != "max_reject_share"}
+    """What the shards depend on: another limit of rejects changes none of them, and must not cost what is done.
+
+    A key that is younger than a dataset has its default there.
+    """
+    return {name: value for name, value in (_DEFAULTS | config).items() if name != "max_reject_share"}
 
 
 def _check_rejects(made: Outcome, config: Config) -> None:

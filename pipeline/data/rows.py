@@ -41,12 +41,15 @@ class Config(Strict):
             take `rows_per_group: 8`, for whole row groups are read, and a batch comes from 16 of them.
         jpeg_quality: of the resized training images.
         rows_per_group: images in a Parquet row group, the unit of random access.
+        max_bytes: of a file, or of its part where it is a tar, that is taken for an image or a mask: a larger one, such
+            as a backup that lies among the photos, is turned away before it fills the memory.
     """
 
     train_short_side: int | None = Field(default=256, ge=8)
     train_format: Literal["jpeg", "decoded"] = "jpeg"
     jpeg_quality: int = Field(default=90, ge=1, le=100)
     rows_per_group: int = Field(default=128, ge=1)
+    max_bytes: int = Field(default=1 << 29, ge=1, lt=1 << 31)  # what a row can hold
     decoding: imaging.Decoding = imaging.Decoding()
 
     @property
@@ -175,10 +178,10 @@ def make_shard(
 
 def _row(record: Record, config: Config, rejects: list[Reject]) -> tuple[dict[str, Any], UInt8Array]:
     """One row, and the picture that it stores."""
-    data = _read(record.uri, record.byte_range)
+    data = _read(record.uri, config.max_bytes, record.byte_range)
     original_hw = imaging.probe(data, config.decoding)
     stored, image = _stored(record, data, original_hw, config)
-    objects, mask = _annotation(record, original_hw, rejects)
+    objects, mask = _annotation(record, original_hw, config.max_bytes, rejects)
     row = {
         "image_id": record.image_id,
         "image": stored,
@@ -218,11 +221,11 @@ def _shrunk(image: UInt8Array, short: int) -> UInt8Array:
 
 
 def _annotation(
-    record: Record, original_hw: tuple[int, int], rejects: list[Reject]
+    record: Record, original_hw: tuple[int, int], max_bytes: int, rejects: list[Reject]
 ) -> tuple[Objects | None, bytes | None]:
     """Boxes in original pixels, without those that have no area there, and the mask."""
     objects = record.objects
-    mask = None if record.mask_uri is None else _mask(record.mask_uri, original_hw)
+    mask = None if record.mask_uri is None else _mask(record.mask_uri, original_hw, max_bytes)
     if objects is None:
         return None, mask
     frame_hw = objects.frame_hw or original_hw
@@ -266,18 +269,34 @@ def _painted(objects: Objects, frame_hw: tuple[int, int], original_hw: tuple[int
     return imaging.encode_mask(mask)
 
 
-def _mask(uri: str, original_hw: tuple[int, int]) -> bytes:
-    mask = imaging.decode_mask(_read(uri))
+def _mask(uri: str, original_hw: tuple[int, int], max_bytes: int) -> bytes:
+    mask = imaging.decode_mask(_read(uri, max_bytes))
     if mask.shape != original_hw:
         raise ImageError("mask", f"{uri}: the mask has {mask.shape} pixels, its image {original_hw} (height, width).")
     return imaging.encode_mask(mask)
 
 
-def _read(uri: str, byte_range: tuple[int, int] | None = None) -> bytes:
+def _read(uri: str, max_bytes: int, byte_range: tuple[int, int] | None = None) -> bytes:
     try:
-        return storage.read(uri, byte_range)
+        if byte_range is not None:
+            _check_size(uri, byte_range[1], max_bytes)
+            return storage.read(uri, byte_range)
+        with storage.open_input(uri) as file:
+            if file.seekable():
+                _check_size(uri, file.seek(0, os.SEEK_END), max_bytes)
+                file.seek(0)
+            return file.read()
     except OSError as error:
         raise ImageError("unreadable", f"{storage.printable(uri)}: cannot be read ({storage.reason(error)})") from None
+
+
+def _check_size(uri: str, found: int, max_bytes: int) -> None:
+    if found > max_bytes:
+        raise ImageError(
+            "bytes",
+            f"{storage.printable(uri)}: has {found} bytes, more than max_bytes {max_bytes} allows; remove it or allow "
+            "more.",
+        )
 
 
 def _reject(record: Record, label: int | None, reason: str, message: str) -> Reject:

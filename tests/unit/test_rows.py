@@ -261,6 +261,32 @@ def test_bad_images_are_rejected_with_their_reasons_and_their_neighbours_stay(tm
     assert (made.num_records, made.class_counts) == (8, {6: 1})
 
 
+@pytest.mark.parametrize("what", ["image", "part", "mask"])
+def test_file_of_too_many_bytes_is_a_reject(tmp_path: Path, what: str) -> None:
+    good, mask = picture(tmp_path, "good.jpg", 30, 30), tmp_path / "mask.png"
+    size = good.stat().st_size
+    mask.write_bytes(imaging.encode_mask(np.zeros((30, 30), np.uint8)) + bytes(size))
+    records = {
+        "image": Record("val/x", str(good), "val", 0),
+        "part": Record("val/x", str(good), "val", 0, byte_range=(0, size)),
+        "mask": Record("val/x", str(good), "val", 0, mask_uri=str(mask)),
+    }
+    limit = size if what == "mask" else size - 1
+    made = make_shard(tmp_path / "a.parquet", "val", [records[what]], Config(max_bytes=limit))
+    ((reason, message),) = [(reject.reason, reject.message) for reject in made.rejects]
+    assert reason == "bytes"
+    assert message.endswith(f"bytes, more than max_bytes {limit} allows; remove it or allow more.")
+    assert ("mask.png" in message) == (what == "mask")
+    assert make_shard(tmp_path / "a.parquet", "val", [records["image"]], Config(max_bytes=size)).rejects == ()
+
+
+def test_huge_file_is_turned_away_unread_by_default(tmp_path: Path) -> None:
+    with (tmp_path / "backup.tar").open("wb") as file:
+        file.truncate(50 << 30)  # a hole: it takes no room on the disk, and would not fit into memory
+    (reject,) = make(tmp_path, "val", Config(), tmp_path / "backup.tar").rejects
+    assert reject.reason == "bytes"
+
+
 def test_file_without_permission_is_a_reject(tmp_path: Path) -> None:
     path = picture(tmp_path, "x.jpg", 30, 30)
     make(tmp_path, "val", Config(), path)
