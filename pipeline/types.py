@@ -102,6 +102,7 @@ class Record:
         objects: what is in the image and where; None where that was not annotated.
         mask_uri: where its mask lies, a PNG of class indices: 0 is background, 1 + label a class, 255 not to be judged.
         size_bytes: of the encoded image as it was listed; 0 where the listing does not tell.
+        mask_bytes: of the mask, likewise.
     """
 
     image_id: str
@@ -112,6 +113,7 @@ class Record:
     objects: Objects | None = None
     mask_uri: str | None = None
     size_bytes: int = 0
+    mask_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

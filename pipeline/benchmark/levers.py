@@ -19,7 +19,9 @@ from pipeline.data.transforms.resizing import shrink_short
 from pipeline.types import UInt8Array
 
 SHORT_SIDE, QUALITY, ROUNDS = 256, 90, 3
-_ROW = dict.fromkeys(("image_id", "label", "boxes", "box_labels", "sha256", "original_height", "original_width"))
+_ROW = dict.fromkeys(
+    ("image_id", "label", "boxes", "box_labels", "sha256", "mask", "original_height", "original_width")
+)
 Lever = Callable[[Any], object]
 
 

@@ -36,7 +36,7 @@ class Listing:
     Attributes:
         path: JSON lines.
         offsets: where each line begins.
-        digest: of ids, labels, boxes and sizes, not of where the files lie.
+        digest: of ids, labels, boxes and the sizes of images and masks, not of where the files lie.
     """
 
     path: Path
@@ -165,23 +165,25 @@ def _key(text: str) -> int:
 
 
 def _sized(record: Record) -> Record:
-    """The record with its size, where its dataset did not say it."""
-    if record.size_bytes or storage.is_remote(record.uri):
-        return record
-    if record.byte_range is not None:
-        return replace(record, size_bytes=record.byte_range[1])
+    """The record with its sizes, where its dataset did not say them."""
+    image_bytes = record.size_bytes or (record.byte_range[1] if record.byte_range else _size(record.uri))
+    mask_bytes = record.mask_bytes or (_size(record.mask_uri) if record.mask_uri else 0)
+    return replace(record, size_bytes=image_bytes, mask_bytes=mask_bytes)
+
+
+def _size(uri: str) -> int:
+    """Bytes of a local file; 0 where it is not there, which is found out when it is read."""
     try:
-        return replace(record, size_bytes=Path(record.uri).stat().st_size)
+        return 0 if storage.is_remote(uri) else Path(uri).stat().st_size
     except OSError:
-        return record  # turned away when it is read
+        return 0
 
 
 def _to_json(record: Record) -> dict[str, Any]:
     fields: dict[str, Any] = {"image_id": record.image_id, "uri": record.uri, "split": record.split}
     optional = {"label": record.label, "byte_range": record.byte_range, "mask_uri": record.mask_uri}
     fields |= {name: value for name, value in optional.items() if value is not None}
-    if record.size_bytes:
-        fields["size_bytes"] = record.size_bytes
+    fields |= {name: size for name in ("size_bytes", "mask_bytes") if (size := getattr(record, name))}
     if record.objects is not None:
         fields["objects"] = _objects_to_json(record.objects)
     return fields

@@ -27,6 +27,7 @@ from pipeline.types import Objects, Record, Split, UInt8Array
 
 PIXEL_STEP = 4  # every fourth pixel across and down is counted: 16 times less work for the same mean
 DIGEST_MODULUS = 1 << 256
+_ANY_SIZE = imaging.Decoding(max_pixels=89_000_000, max_side=65_535)
 MAX_STRETCH = 0.05  # rounding the sides of a small copy changes its aspect by so much at most
 
 
@@ -107,6 +108,8 @@ class _Counts:
             self.classes[row["label"]] += 1
         self.objects.update(row["box_labels"] or ())
         meaning = [row[name] for name in ("image_id", "label", "boxes", "box_labels", "sha256")]
+        if row["mask"] is not None:
+            meaning.append(_digest_of_mask(row["mask"]))
         self.digest += int.from_bytes(hashlib.sha256(json.dumps(meaning).encode()).digest(), "big")
         self.sizes_hw.append((row["original_height"], row["original_width"]))
         # Exact: sums of products of bytes stay below 2**53 for any image that is accepted.
@@ -274,6 +277,12 @@ def _mask(uri: str, original_hw: tuple[int, int], max_bytes: int) -> bytes:
     if mask.shape != original_hw:
         raise ImageError("mask", f"{uri}: the mask has {mask.shape} pixels, its image {original_hw} (height, width).")
     return imaging.encode_mask(mask)
+
+
+def _digest_of_mask(mask: bytes) -> str:
+    """Of its pixels, since its bytes depend on the library that wrote them."""
+    pixels = imaging.decode_mask(mask, _ANY_SIZE)
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 def _read(uri: str, max_bytes: int, byte_range: tuple[int, int] | None = None) -> bytes:

@@ -148,8 +148,8 @@ class Manifest(Strict):
         class_counts: images of each class, per split.
         object_counts: boxes of each class, per split.
         num_rejects: images and boxes left out, each with its reason in one of the files `rejects`.
-        digest: over every row's id, labels, boxes and original bytes: two manifests with one digest were made from the
-            same data, however it was cut into shards or resized for training.
+        digest: over every row's id, labels, boxes, mask and original bytes: two manifests with one digest were made
+            from the same data, however it was cut into shards or resized for training.
         pixels: what the channels add up to, per split: mean, standard deviation, covariance.
         sizes: of the original images, per split.
         decoding: which images were accepted, and how they were read.

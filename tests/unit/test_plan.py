@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -113,6 +115,23 @@ def test_digest_of_a_listing_tells_what_files_mean_and_not_where_they_lie(tmp_pa
         replace(record, objects=objects((9, 9), regions=False)),
     ]
     assert len({expected, *map(digest, changes)}) == 1 + len(changes)
+
+
+def test_digest_of_a_listing_tells_the_size_of_a_mask_and_is_as_ever_without_one(tmp_path: Path) -> None:
+    record, mask = RECORDS["a class alone"], tmp_path / "mask.png"
+
+    def digest(changed: Record) -> str:
+        return plan.write_listing(tmp_path / "listing", [changed]).digest
+
+    assert digest(record) == hashlib.sha256(json.dumps(["val/a", "val", 3, 5]).encode()).hexdigest()
+    found = []
+    for content in (b"1", b"12"):
+        mask.write_bytes(content)
+        found.append(digest(replace(record, mask_uri=str(mask))))
+    remote = replace(record, mask_uri="s3://bucket/mask.png")
+    found += [digest(replace(remote, mask_bytes=size)) for size in (1, 3)]
+    assert found[0] == found[2]
+    assert len({*found, digest(record)}) == 4
 
 
 @settings(max_examples=25, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import imaging
 from pipeline.data import shards
@@ -401,6 +403,24 @@ def test_digest_does_not_depend_on_resizing_and_does_on_label_and_bytes(tmp_path
 def test_digest_depends_on_boxes(tmp_path: Path) -> None:
     found = [annotated(tmp_path, boxed(boxes))[0].digest for boxes in ([[0, 0, 5, 5]], [[0, 0, 5, 6]], [])]
     assert len({*found, annotated(tmp_path, None)[0].digest}) == 4
+
+
+def test_digest_depends_on_the_pixels_of_a_mask_and_not_on_how_it_was_written(tmp_path: Path) -> None:
+    path, pixels_of = tmp_path / "mask.png", np.random.default_rng(0).integers(0, 3, (40, 60), np.uint8)
+
+    def digest(mask: UInt8Array, compress_level: int) -> str:
+        Image.fromarray(mask).save(path, compress_level=compress_level)
+        return annotated(tmp_path, None, path)[0].digest
+
+    expected = digest(pixels_of, 1)
+    assert digest(pixels_of, 9) == expected
+    assert len({expected, digest(pixels_of + 1, 1), annotated(tmp_path, None)[0].digest}) == 3
+
+
+def test_digest_of_an_image_without_a_mask_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    made, (row,) = annotated(tmp_path, boxed([[0, 0, 5, 5]]))
+    meaning = json.dumps(["train/x", None, [[0.0, 0.0, 5.0, 5.0]], [0], row["sha256"]])
+    assert made.digest == hashlib.sha256(meaning.encode()).hexdigest()
 
 
 def test_bands_are_counted_channel_by_channel(tmp_path: Path) -> None:
