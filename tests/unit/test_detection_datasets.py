@@ -121,7 +121,7 @@ def test_voc_masks_need_classes_and_their_own_list(tmp_path: Path) -> None:
         voc.class_names(config)
     config = config.model_copy(update={"classes": ("cat", "cow", "dog")})
     (record,) = voc.records(config, "train")
-    assert record.mask_uri == str(tmp_path / "SegmentationClass/a.png")
+    assert (record.mask_uri, record.mask_bytes) == (str(tmp_path / "SegmentationClass/a.png"), 1)
     assert all(record.mask_uri is None for record in voc.records(voc.Config(root=tmp_path), "train"))
     (tmp_path / "SegmentationClass/a.png").unlink()
     with pytest.raises(DataError, match="expected a mask for each image of the list, got none for 'a'"):

@@ -109,6 +109,7 @@ def records(config: Config, split: Split) -> Iterator[Record]:
     for name in names:
         uri = storage.join(annotations, f"{name}.xml")
         annotation = _read(uri)
+        mask = _mask(mask_files, mask_folder, name) if config.masks else None
         file = _image(images, name, annotation.file_name)
         missing += [name] if file is None else []
         if len(missing) == len(names):
@@ -120,8 +121,9 @@ def records(config: Config, split: Split) -> Iterator[Record]:
             uri=storage.join(folder, f"{name}.jpg") if file is None else file.uri,
             split=split,
             objects=_objects(annotation, labels, uri),
-            mask_uri=_mask(mask_files, mask_folder, name) if config.masks else None,
+            mask_uri=None if mask is None else mask.uri,
             size_bytes=0 if file is None else file.size_bytes,
+            mask_bytes=0 if mask is None else mask.size_bytes,
         )
 
 
@@ -158,13 +160,13 @@ def _image(images: dict[str, storage.File], name: str, file_name: str) -> storag
     return next((images[each] for each in wanted if each in images), None)
 
 
-def _mask(files: dict[str, storage.File], folder: str, name: str) -> str:
+def _mask(files: dict[str, storage.File], folder: str, name: str) -> storage.File:
     file = files.get(f"{storage.printable(name)}.png")
     if file is None:
         raise DataError(
             f"{folder}: expected a mask for each image of the list, got none for '{storage.printable(name)}'"
         )
-    return file.uri
+    return file
 
 
 def _objects(annotation: _Annotation, labels: dict[str, int], uri: str) -> Objects:
