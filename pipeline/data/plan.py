@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,15 +104,29 @@ def write_parts(
                     for index in chosen:
                         file.seek(listing.offsets[int(index)])
                         out.write(file.readline())
+                    out.flush()
+                    os.fsync(out.fileno())
                 parts.append(part)
     return parts
 
 
 def read_part(folder: Path, part: Part) -> Iterator[Record]:
-    """The records of one shard, in its order."""
-    with (folder / f"{part.name}.jsonl").open("rb") as file:
+    """The records of one shard, in its order.
+
+    Raises:
+        DataError: they are not all there.
+    """
+    path, found = folder / f"{part.name}.jsonl", 0
+    with suppress(ValueError), path.open("rb") as file:  # a line that was cut
         for line in file:
-            yield _from_json(json.loads(line))
+            record = _from_json(json.loads(line))
+            found += 1
+            yield record
+    if found != part.num_records:
+        raise DataError(
+            f"{path}: expected {part.num_records} records, got {found}: the plan is damaged; delete "
+            f"{folder.with_suffix('.json')} and run again, which writes it anew and keeps the finished shards"
+        )
 
 
 class Seen:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import parse
-from pipeline.data import ingest, work
+from pipeline.data import ingest, plan, work
 from pipeline.data.datasets import image_folder
 from pipeline.errors import ConfigError, DataError
+from pipeline.types import Split
 
 HOLD = """
 import sys, time
@@ -66,3 +67,27 @@ def test_lock_keeps_a_second_job_away_until_the_first_is_killed(tmp_path: Path) 
     with work.locked(tmp_path / "shards"):
         assert (tmp_path / ".shards.lock").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rest", [0, 20], ids=["at the end of a line", "within a line"])
+def test_plan_that_was_cut_makes_no_shard_and_is_written_anew(stripes_folder: Path, tmp_path: Path, rest: int) -> None:
+    dataset = image_folder.Config(root=stripes_folder)
+    listings: dict[Split, plan.Listing] = {
+        "val": plan.write_listing(tmp_path / "listing", image_folder.records(dataset, "val"))
+    }
+    place = work.Work(tmp_path / "shards", {})
+    first, second = place.plan(listings, 7, 0)
+    place.make(first, ingest.Config())
+    path = place.folder / "plan" / f"{second.name}.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:rest])
+    with pytest.raises(
+        DataError, match=rf"{second.name}\.jsonl: expected 6 records, got 5: .* delete (\S+) and"
+    ) as error:
+        place.make(second, ingest.Config())
+    assert not place.is_done(second)
+    assert [found.name for found in place.dataset.iterdir()] == [f"{first.name}.parquet"]
+    Path(str(error.value).split(" delete ")[1].split()[0]).unlink()
+    assert place.plan(listings, 7, 0) == [first, second]
+    assert place.is_done(first)
+    assert place.make(second, ingest.Config()).num_records == 6
