@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipeline.data.plan import Part
 from pipeline.data.rows import DIGEST_MODULUS, Made
 from pipeline.data.work import Work
 from pipeline.errors import DataError, own_cause
-from pipeline.types import Split
+from pipeline.types import Record, Split
 
 Progress = Callable[[int, int, str], None]
 """Called with (images done, images in all, what else there is to say) while the work goes on."""
@@ -66,11 +66,12 @@ def ingest(
         config: how.
         destination: folder of the shards.
         progress: told now and then.
-        append: where `destination` holds an older state of the same collection, add the images that are new.
+        append: where `destination` holds an older state of the same collection, add the images that are new, and those
+            that were turned away and are usable now.
 
     Raises:
         DataError: the dataset contradicts itself, too many images are unusable, the disk is full, another job is at
-            it, or `destination` holds other data.
+            it, or `destination` holds other data, such as an image that has another label now.
     """
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -92,51 +93,68 @@ def _finished(
     if before is not None:
         _check_same(before, asked, classes)
     with work.listing_folder(destination) as folder:
-        listings = _list(dataset, folder, before, len(classes))
+        listings = {split: _listed(dataset, split, folder, len(classes)) for split in dataset.splits}
         asked["files_sha256"] = hashlib.sha256(
             "".join(found.digest for found in listings.values()).encode()
         ).hexdigest()
-        unchanged = before is not None and asked["files_sha256"] == before.manifest.config.get("files_sha256")
-        if before is not None and (unchanged or not sum(map(len, listings.values()))):
-            return before
-        if before is not None and not append:
-            raise DataError(
-                f"{destination}: holds a dataset made from other files; choose another folder, delete this one, or "
-                "give append=true to add what is new"
-            )
+        if before is not None:
+            if not append and asked["files_sha256"] == before.manifest.config.get("files_sha256"):
+                return before
+            listings = {split: _only_new(found, before, split, config) for split, found in listings.items()}
+            if not sum(map(len, listings.values())):
+                return before
+            if not append:
+                raise DataError(
+                    f"{destination}: holds a dataset made from other files; choose another folder, delete this one, or "
+                    "give append=true to add what is new"
+                )
         place = Work(destination, asked | {"ingest": _of_rows(asked["ingest"])}, before)
         parts = place.plan(listings, config.rows_per_shard, config.seed)
     _make(parts, place, config, progress)
     made = [(part, place.receipt(part)) for part in parts]
     _check_rejects(made, config)
-    manifest = _manifest(dataset, config, classes, asked, made, before)
-    return place.publish(manifest, _named(made, classes))
+    rejects = [*_still_rejected(before, parts, place), *_named(made, classes)]
+    manifest = _manifest(dataset, config, classes, asked, made, before, len(rejects))
+    return place.publish(manifest, rejects)
 
 
-def _list(
-    dataset: datasets.DatasetConfig, folder: Path, before: shards.Shards | None, num_classes: int
-) -> dict[Split, plan.Listing]:
-    listings = {}
-    for split in dataset.splits:
-        seen = None if before is None else _seen(before, split)
-        records = plan.with_known_labels(datasets.records(dataset, split), num_classes)
-        listings[split] = plan.write_listing(folder / f"{split}.jsonl", records, seen)
-    return listings
+def _listed(dataset: datasets.DatasetConfig, split: Split, folder: Path, num_classes: int) -> plan.Listing:
+    records = plan.with_known_labels(datasets.records(dataset, split), num_classes)
+    return plan.write_listing(folder / f"{split}.jsonl", records)
 
 
-def _seen(before: shards.Shards, split: Split) -> plan.Seen:
-    """The images of one split that a dataset holds or has turned away."""
-    ids: list[str] = []
-    sizes: list[int] = []
+def _only_new(listing: plan.Listing, before: shards.Shards, split: Split, config: Config) -> plan.Listing:
+    """The images that a dataset does not hold; of those that it has turned away, the ones that were mended since."""
+    seen = plan.Seen(_stored(before, split), config)
+    rejected = {row["image_id"] for row in _rejects(before) if row["split"] == split and row["reason"] != "box"}
+
+    def is_new(record: Record) -> bool:
+        return not seen.holds(record) and (record.image_id not in rejected or rows.is_usable(record, config))
+
+    found = plan.only(listing, is_new)
+    seen.check()
+    return found
+
+
+def _stored(before: shards.Shards, split: Split) -> Iterator[dict[str, Any]]:
+    """What a dataset on disk knows of the images of one split."""
     for shard in before.manifest.shards:
         if shard.split == split:
-            table = pq.read_table(before.path / shard.name, columns=["image_id", "original_bytes"])
-            ids += table.column("image_id").to_pylist()
-            sizes += table.column("original_bytes").to_pylist()
-    for name in before.manifest.rejects:
-        turned_away = pq.read_table(before.path / name).to_pylist()
-        ids += [reject["image_id"] for reject in turned_away if reject["split"] == split]
-    return plan.Seen(ids, sizes + [0] * (len(ids) - len(sizes)))
+            for group in range(len(shard.row_groups)):
+                yield from shards.read(before.path / shard.name, [group], plan.Seen.COLUMNS).to_pylist()
+
+
+def _rejects(before: shards.Shards) -> list[dict[str, Any]]:
+    tables = (pq.read_table(before.path / name, schema=shards.REJECT_SCHEMA) for name in before.manifest.rejects)
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def _still_rejected(before: shards.Shards | None, parts: list[Part], place: Work) -> list[dict[str, Any]]:
+    """What a dataset has turned away, without the images that are read again."""
+    rejects = [] if before is None else _rejects(before)
+    known = {(row["split"], row["image_id"]) for row in rejects}
+    again = known.intersection((part.split, record.image_id) for part in parts for record in place.records(part))
+    return [row for row in rejects if (row["split"], row["image_id"]) not in again]
 
 
 def _make(parts: list[Part], place: Work, config: Config, progress: Progress) -> None:
@@ -177,6 +195,7 @@ def _manifest(
     asked: dict[str, Any],
     made: Outcome,
     before: shards.Shards | None,
+    num_rejects: int,
 ) -> shards.Manifest:
     """What is said of all shards, the old and the new."""
     old = before and before.manifest
@@ -199,8 +218,8 @@ def _manifest(
         classes=classes,
         class_counts=counts["class_counts"],
         object_counts=counts["object_counts"],
-        num_rejects=sum(len(one.rejects) for _, one in made) + (old.num_rejects if old else 0),
-        rejects=(*(old.rejects if old else ()), shards.REJECTS if version == 1 else f"rejects-{version:05d}.parquet"),
+        num_rejects=num_rejects,
+        rejects=(shards.REJECTS if version == 1 else f"rejects-{version:05d}.parquet",),
         shards=(*(old.shards if old else ()), *(one.shard for _, one in made if one.shard)),
         digest=f"{digest % DIGEST_MODULUS:064x}",
         pixels=_sums(by_split, "pixels", old.pixels if old else {}),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline import storage
-from pipeline.errors import DataError
+from pipeline.data import rows
+from pipeline.errors import DataError, ImageError
 from pipeline.types import Objects, Record, RunLengths, Split
+
+MAX_NAMED = 3  # images that changed, in an error
 
 
 class Part(NamedTuple):
@@ -50,24 +53,29 @@ class Listing:
         return len(self.offsets)
 
 
-def write_listing(path: Path, records: Iterable[Record], seen: Seen | None = None) -> Listing:
-    """Write down the records of one split, except those that were seen before.
+def write_listing(path: Path, records: Iterable[Record]) -> Listing:
+    """Write down the records of one split.
 
     Raises:
-        DataError: two records have one id, or one was seen with another size.
+        DataError: two records have one id.
     """
     offsets, keys, digest, at = array("q"), array("q"), hashlib.sha256(), 0
     with path.open("wb") as file:
         for record in map(_sized, records):
             fields = _to_json(record)
             digest.update(json.dumps([value for key, value in fields.items() if "uri" not in key]).encode())
-            if seen is not None and seen.holds(record):
-                continue
             keys.append(_key(record.image_id))
             offsets.append(at)
             at += file.write(json.dumps(fields).encode() + b"\n")
     _check_unique(path, keys)
     return Listing(path, offsets, digest.hexdigest())
+
+
+def only(listing: Listing, wanted: Callable[[Record], bool]) -> Listing:
+    """The same listing with some of its records."""
+    with listing.path.open("rb") as file:
+        kept = (at for at, line in zip(listing.offsets, file, strict=True) if wanted(_from_json(json.loads(line))))
+        return replace(listing, offsets=array("q", kept))
 
 
 def with_known_labels(records: Iterable[Record], num_classes: int) -> Iterator[Record]:
@@ -130,35 +138,59 @@ def read_part(folder: Path, part: Part) -> Iterator[Record]:
 
 
 class Seen:
-    """Images that a dataset on disk holds already, by id, with their size in bytes: 17 bytes of memory each."""
+    """Images that a dataset on disk holds already, by id, and what they mean there: 40 bytes of memory each.
 
-    def __init__(self, ids: Iterable[str], sizes_bytes: Iterable[int]) -> None:
-        keys = np.fromiter((_key(image_id) for image_id in ids), np.int64)
-        sizes = np.fromiter(sizes_bytes, np.int64)
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._sizes = keys[order], sizes[order]
-        self._asked = np.zeros(len(keys), np.bool_)
+    Args:
+        found: their rows, of `COLUMNS`.
+        config: how they became rows.
+    """
+
+    COLUMNS = ("image_id", "original_bytes", "original_height", "original_width", *rows.ANNOTATION)
+
+    def __init__(self, found: Iterable[Mapping[str, Any]], config: rows.Config) -> None:
+        facts = array("q")
+        for row in found:
+            size = (row["original_bytes"], row["original_height"], row["original_width"])
+            facts.extend((_key(row["image_id"]), *size, _key(rows.meaning(row))))
+        table = np.frombuffer(facts, np.int64).reshape(-1, 5)
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        self._keys, self._facts, self._config = table[:, 0].copy(), table[:, 1:].copy(), config
+        self._changes, self._num_changed = list[str](), 0
 
     def holds(self, record: Record) -> bool:
-        """Whether the record is there; to be asked once of each.
-
-        Raises:
-            DataError: it is, but the file has another size now, or another record had this id.
-        """
+        """Whether the record is there; where its file or its meaning has changed since, that is noted."""
         key = _key(record.image_id)
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             return False
-        if self._asked[at]:
-            raise _twice(record)
-        self._asked[at] = True
-        stored = int(self._sizes[at])
-        if stored and record.size_bytes and stored != record.size_bytes:
-            raise DataError(
-                f"{record.uri}: has {record.size_bytes} bytes, but {stored} when the dataset was made; images can be "
-                "added, not changed: choose another folder for the shards"
-            )
+        change = self._change(record, *self._facts[at].tolist())
+        if change is not None:
+            self._num_changed += 1
+            self._changes += [f"{record.image_id}: {change}"] * (len(self._changes) < MAX_NAMED)
         return True
+
+    def check(self) -> None:
+        """Refuse images that have changed.
+
+        Raises:
+            DataError: some have; it names the first ones.
+        """
+        if self._num_changed:
+            more = self._num_changed - len(self._changes)
+            named = "; ".join([*self._changes, *[f"and {more} more"] * (more > 0)])
+            raise DataError(
+                f"{self._num_changed} images have changed since the dataset was made: {named}. Images can be added, "
+                "not changed: make a new dataset in another folder"
+            )
+
+    def _change(self, record: Record, size_bytes: int, height: int, width: int, meaning: int) -> str | None:
+        if record.size_bytes not in {0, size_bytes}:
+            return f"has {record.size_bytes} bytes, had {size_bytes}"
+        try:
+            row = rows.annotation(record, (height, width), self._config, [])
+        except ImageError as error:
+            return str(error).rstrip(".")
+        return None if _key(rows.meaning(row)) == meaning else "has another label, other boxes or another mask"
 
 
 def _check_unique(path: Path, keys: array[int]) -> None:
@@ -168,11 +200,8 @@ def _check_unique(path: Path, keys: array[int]) -> None:
     if twice:
         with path.open("rb") as file:
             records = (_from_json(json.loads(line)) for line in file)
-            raise _twice(next(record for record in records if _key(record.image_id) in twice))
-
-
-def _twice(record: Record) -> DataError:
-    return DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
+            record = next(record for record in records if _key(record.image_id) in twice)
+        raise DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
 
 
 def _key(text: str) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from pipeline.types import Objects, Record, Split, UInt8Array
 PIXEL_STEP = 4  # every fourth pixel across and down is counted: 16 times less work for the same mean
 DIGEST_MODULUS = 1 << 256
 _ANY_SIZE = imaging.Decoding(max_pixels=89_000_000, max_side=65_535)
+ANNOTATION = ("label", "boxes", "box_labels", "difficult", "truncated", "crowd", "mask")  # what an image means
 MAX_STRETCH = 0.05  # rounding the sides of a small copy changes its aspect by so much at most
 
 
@@ -179,27 +180,49 @@ def make_shard(
     )
 
 
+def is_usable(record: Record, config: Config) -> bool:
+    """Whether an image would not be turned away."""
+    try:
+        _row(record, config, [])
+    except ImageError:
+        return False
+    return True
+
+
+def annotation(record: Record, original_hw: tuple[int, int], config: Config, rejects: list[Reject]) -> dict[str, Any]:
+    """The columns `ANNOTATION` of a row.
+
+    Raises:
+        ImageError: the objects or the mask do not fit an image of this size, or the mask cannot be read.
+    """
+    objects, mask = _annotation(record, original_hw, config.max_bytes, rejects)
+    fields = ("boxes_xyxy", "labels", "difficult", "truncated", "crowd")
+    values = [None if objects is None else getattr(objects, name).tolist() for name in fields]
+    return dict(zip(ANNOTATION, (record.label, *values, mask), strict=True))
+
+
+def meaning(row: Mapping[str, Any]) -> str:
+    """The columns `ANNOTATION` of a row as text, one for each meaning."""
+    *values, mask = (row[name] for name in ANNOTATION)
+    return json.dumps([*values, None if mask is None else _digest_of_mask(mask)])
+
+
 def _row(record: Record, config: Config, rejects: list[Reject]) -> tuple[dict[str, Any], UInt8Array]:
     """One row, and the picture that it stores."""
     data = _read(record.uri, config.max_bytes, record.byte_range)
     original_hw = imaging.probe(data, config.decoding)
     stored, image = _stored(record, data, original_hw, config)
-    objects, mask = _annotation(record, original_hw, config.max_bytes, rejects)
     row = {
         "image_id": record.image_id,
         "image": stored,
-        "label": record.label,
         "height": image.shape[0],
         "width": image.shape[1],
         "original_height": original_hw[0],
         "original_width": original_hw[1],
         "original_bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "mask": mask,
     }
-    columns = ("boxes_xyxy", "labels", "difficult", "truncated", "crowd")
-    values = [None if objects is None else getattr(objects, name).tolist() for name in columns]
-    return row | dict(zip(("boxes", "box_labels", *columns[2:]), values, strict=True)), image
+    return row | annotation(record, original_hw, config, rejects), image
 
 
 def _stored(record: Record, data: bytes, original_hw: tuple[int, int], config: Config) -> tuple[bytes, UInt8Array]:

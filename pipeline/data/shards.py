@@ -147,7 +147,8 @@ class Manifest(Strict):
         classes: class names; a label is an index into them.
         class_counts: images of each class, per split.
         object_counts: boxes of each class, per split.
-        num_rejects: images and boxes left out, each with its reason in one of the files `rejects`.
+        num_rejects: images and boxes left out, each with its reason in one of the files `rejects`. A version has one
+            file of all of them; earlier releases left those of the versions before it in theirs.
         digest: over every row's id, labels, boxes, mask and original bytes: two manifests with one digest were made
             from the same data, however it was cut into shards or resized for training.
         pixels: what the channels add up to, per split: mean, standard deviation, covariance.

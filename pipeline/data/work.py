@@ -29,7 +29,7 @@ from pipeline.data import plan, rows, shards, sheet
 from pipeline.data.plan import Part
 from pipeline.data.rows import Made
 from pipeline.errors import DataError
-from pipeline.types import Split
+from pipeline.types import Record, Split
 
 
 class Work:
@@ -78,10 +78,14 @@ class Work:
         """Make one shard, and its receipt last; runs in a Ray task, which Ray may start again."""
         if self.is_done(part):
             return self.receipt(part)
-        records = plan.read_part(self.folder / "plan", part)
-        made = rows.make_shard(self.dataset / f"{part.name}.parquet", part.split, records, config, self.scratch)
+        path = self.dataset / f"{part.name}.parquet"
+        made = rows.make_shard(path, part.split, self.records(part), config, self.scratch)
         self._write(self._receipt(part), made.model_dump_json())
         return made
+
+    def records(self, part: Part) -> Iterator[Record]:
+        """What a part is made of."""
+        return plan.read_part(self.folder / "plan", part)
 
     def receipt(self, part: Part) -> Made:
         """What became of a part that is done."""

@@ -398,7 +398,7 @@ def test_append_makes_a_new_version_of_new_shards_and_the_old_one_still_reads(
         ingest.ingest(photos.dataset, CONFIG, first.path, append=True)
     second = ingest.ingest(photos.dataset, lenient, first.path, append=True)
     manifest = second.manifest
-    assert (manifest.version, manifest.rejects) == (2, ("rejects.parquet", "rejects-00002.parquet"))
+    assert (manifest.version, manifest.rejects) == (2, ("rejects-00002.parquet",))
     assert manifest.shards[:4] == first.manifest.shards
     assert [shard.name for shard in manifest.shards[4:]] == ["train-00003.parquet", "train-00004.parquet"]
     assert manifest.class_counts == {"train": (19, 11), "val": (4, 4)}
@@ -453,9 +453,30 @@ def test_append_to_a_collection_with_a_changed_file_is_refused(first: shards.Sha
     (changed, *_) = photos.root.rglob("*.jpg")
     changed.write_bytes(changed.read_bytes() + b"\0")
     photos.add("train", "cat", 1)
-    with pytest.raises(DataError, match=rf"{changed}: has \d+ bytes, but \d+ when the dataset was made"):
+    with pytest.raises(DataError, match=rf"1 images have changed .*{changed.name}: has \d+ bytes, had \d+"):
         ingest.ingest(photos.dataset, CONFIG, first.path, append=True)
     assert shards.load(first.path) == first
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_append_takes_rejects_that_were_mended_and_lists_the_others_on(
+    photos: Photos, cluster: None, tmp_path: Path, same_size: bool
+) -> None:
+    torn, hopeless = photos.add("train", "cat", 2)
+    good = torn.read_bytes()
+    torn.write_bytes(bytes(len(good)) if same_size else b"no image")
+    hopeless.write_bytes(b"no image")
+    lenient = CONFIG.model_copy(update={"max_reject_share": 0.5})
+    first = ingest.ingest(photos.dataset, lenient, tmp_path / "shards")
+    assert ingest.ingest(photos.dataset, lenient, first.path, append=True) == first
+    torn.write_bytes(good)
+    second = ingest.ingest(photos.dataset, lenient, first.path, append=True)
+    assert (first.manifest.num_rejects, second.manifest.num_rejects) == (2, 1)
+    (name,) = second.manifest.rejects
+    assert pq.read_table(second.path / name)["image_id"].to_pylist() == [f"train/cat/{hopeless.name}"]
+    assert second.manifest.num_rows("train") == first.manifest.num_rows("train") + 1 == 21
+    assert ids(second) == photos.ids()
+    assert shards.load(first.path.with_name("shards@1")) == first
 
 
 def test_append_that_ends_between_its_shards_and_its_manifest_is_made_whole(

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import parse
-from pipeline.data import ingest, plan, work
-from pipeline.data.datasets import image_folder
+from pipeline.data import ingest, plan, rows, shards, work
+from pipeline.data.datasets import image_folder, uri_list
 from pipeline.errors import ConfigError, DataError
 from pipeline.types import Split
 
+CONFIG = ingest.Config(rows_per_group=4)
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -67,6 +70,66 @@ def test_lock_keeps_a_second_job_away_until_the_first_is_killed(tmp_path: Path) 
     with work.locked(tmp_path / "shards"):
         assert (tmp_path / ".shards.lock").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def listed(stripes_folder: Path, tmp_path: Path) -> uri_list.Config:
+    """A table of the training pictures of stripes."""
+    table = tmp_path / "table" / "images.csv"
+    table.parent.mkdir()
+    lines = [f"{path},{path.parent.name},train" for path in sorted((stripes_folder / "train").rglob("*.*"))]
+    table.write_text("\n".join(["uri,class_name,split", *lines, ""]))
+    return uri_list.Config(root=str(table.parent), splits=("train",))
+
+
+@pytest.fixture
+def before(listed: uri_list.Config, tmp_path: Path) -> shards.Shards:
+    """A dataset that an earlier release made of it, which knew no `max_bytes`."""
+    path = tmp_path / "shards"
+    path.mkdir()
+    made = rows.make_shard(path / "train-00000.parquet", "train", uri_list.records(listed, "train"), CONFIG)
+    assert made.shard
+    pq.write_table(pa.Table.from_pylist([], schema=shards.REJECT_SCHEMA), path / shards.REJECTS)
+    manifest = shards.Manifest(
+        dataset="uri_list",
+        classes=("across", "down"),
+        class_counts={"train": (20, 20)},
+        num_rejects=0,
+        shards=(made.shard,),
+        digest=made.digest,
+        decoding=CONFIG.decoding,
+        config={
+            "dataset": listed.model_dump(mode="json"),
+            "ingest": CONFIG.model_dump(mode="json", exclude={"max_bytes"}),
+        },
+        tool_versions={},
+    )
+    (path / shards.MANIFEST).write_text(manifest.model_dump_json())
+    return shards.load(path)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_finished_dataset_of_the_same_images_is_left_alone(
+    before: shards.Shards, listed: uri_list.Config, append: bool
+) -> None:
+    assert ingest.ingest(listed, CONFIG, before.path, append=append) == before
+    with pytest.raises(DataError, match="made with another configuration"):
+        ingest.ingest(listed, CONFIG.model_copy(update={"max_bytes": 10**6}), before.path, append=append)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_image_with_another_label_now_is_refused_by_its_name(
+    before: shards.Shards, listed: uri_list.Config, append: bool
+) -> None:
+    table = Path(str(listed.root)) / "images.csv"
+    header, first, second, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([header, first.replace(",across,", ",down,"), second, *lines]))
+    with pytest.raises(
+        DataError,
+        match=r"^1 images have changed since .*00\.png: has another label.*make a new dataset in another folder",
+    ):
+        ingest.ingest(listed, CONFIG, before.path, append=append)
+    assert shards.load(before.path) == before
 
 
 @pytest.mark.parametrize("rest", [0, 20], ids=["at the end of a line", "within a line"])

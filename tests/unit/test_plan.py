@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import plan
+from pipeline import imaging
+from pipeline.data import plan, rows
 from pipeline.data.plan import Part, Seen
 from pipeline.errors import DataError
 from pipeline.types import Objects, Record, RunLengths, Split
@@ -173,40 +175,86 @@ def test_parts_are_numbered_from_the_first(tmp_path: Path) -> None:
     assert [part.num_records for part in parts] == [4, 4, 2]
 
 
-def test_seen_records_are_left_out_but_count_in_the_digest(tmp_path: Path) -> None:
-    records = [replace(record, size_bytes=9) for record in numbered(6)]
-    seen = Seen([record.image_id for record in records[:4]], [9] * 4)
-    listing = plan.write_listing(tmp_path / "listing", records, seen)
-    parts = plan.write_parts(tmp_path, {"val": listing}, 10, 0, {"val": 0})
+def stored(record: Record, **changes: Any) -> dict[str, Any]:
+    """The row of an image of 40 x 60 pixels and 9 bytes."""
+    row = {"image_id": record.image_id, "original_bytes": 9, "original_height": 40, "original_width": 60}
+    return row | rows.annotation(record, (40, 60), rows.Config(), []) | changes
+
+
+def seen(*records: Record) -> Seen:
+    return Seen(map(stored, records), rows.Config())
+
+
+def changes(record: Record, of: Record) -> str:
+    """What is said of an image that is there and is listed as another record now."""
+    found = seen(*numbered(2), of, *numbered(2, "train"))
+    assert found.holds(record)
+    with pytest.raises(DataError) as error:
+        found.check()
+    return str(error.value)
+
+
+def test_only_leaves_records_out_that_count_in_the_digest(tmp_path: Path) -> None:
+    records = numbered(6)
+    listing = plan.write_listing(tmp_path / "listing", records)
+    found = seen(*records[:4])
+    new = plan.only(listing, lambda record: not found.holds(record))
+    found.check()
+    parts = plan.write_parts(tmp_path, {"val": new}, 10, 0, {"val": 0})
     assert sorted(record.image_id for record in read(tmp_path, parts)) == ["val/4", "val/5"]
-    assert listing.digest == plan.write_listing(tmp_path / "whole", records).digest
+    assert (len(new), new.digest) == (2, listing.digest)
 
 
-@pytest.mark.parametrize(
-    ("stored", "listed", "is_refused"), [(9, 9, False), (9, 8, True), (0, 8, False), (9, 0, False)]
-)
-def test_seen_record_of_another_size_is_refused(stored: int, listed: int, is_refused: bool) -> None:
-    record = Record("val/a", "s3://bucket/a", "val", 0, size_bytes=listed)
-    seen = Seen(["val/z", "val/a", "val/b"], [1, stored, 2])
-    if not is_refused:
-        assert seen.holds(record)
-        return
-    with pytest.raises(
-        DataError, match=r"s3://bucket/a: has 8 bytes, but 9 when the dataset was made; images can be added"
-    ):
-        seen.holds(record)
+def test_seen_record_that_is_the_same_is_held_wherever_it_lies(tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(imaging.encode_mask(np.ones((40, 60), np.uint8)))
+    record = Record("val/a", "/a", "val", 1, objects=objects(regions=False), mask_uri=str(mask))
+    found = seen(*numbered(3), record)
+    mask.rename(tmp_path / "moved.png")
+    assert found.holds(replace(record, uri="/elsewhere", size_bytes=9, mask_uri=str(tmp_path / "moved.png")))
+    found.check()
+
+
+def test_seen_record_that_has_changed_is_refused_with_what_it_was(tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(imaging.encode_mask(np.ones((40, 60), np.uint8)))
+    boxed = Record("val/a", "/a", "val", objects=objects(regions=False))
+    outlined = replace(boxed, objects=replace(objects(), regions=(SQUARE, TWO_HOLES, RunLengths((40, 60), (0, 2400)))))
+    masked = Record("val/a", "/a", "val", 1, mask_uri=str(mask))
+    assert "val/a: has 8 bytes, had 9. Images can be added, not changed: make a new dataset" in changes(
+        replace(masked, size_bytes=8), masked
+    )
+    other_box = replace(boxed.objects or objects(), boxes_xyxy=objects().boxes_xyxy + np.float32(0.5))
+    easy = replace(boxed.objects or objects(), difficult=np.zeros(3, np.bool_))
+    pairs = [(replace(masked, label=2), masked), (replace(masked, mask_uri=None), masked), (outlined, boxed)]
+    pairs += [(replace(boxed, objects=one), boxed) for one in (other_box, easy, None)]
+    for now, before in pairs:
+        assert "1 images have changed since the dataset was made: val/a: has another label, other boxes or another" in (
+            changes(now, before)
+        )
+    found = seen(masked)
+    mask.write_bytes(imaging.encode_mask(np.full((40, 60), 2, np.uint8)))  # as many bytes
+    assert found.holds(masked)
+    with pytest.raises(DataError, match="val/a: has another label, other boxes or another mask"):
+        found.check()
+    found = seen(masked)
+    mask.unlink()
+    assert found.holds(masked)
+    with pytest.raises(DataError, match=r"val/a: .*mask\.png: cannot be read \(No such file or directory\)\."):
+        found.check()
+
+
+def test_seen_records_that_have_changed_are_named_up_to_three(tmp_path: Path) -> None:
+    records = numbered(5)
+    found = seen(*records)
+    assert all(found.holds(replace(record, label=9)) for record in records)
+    with pytest.raises(DataError, match=r"^5 images have changed .*val/0: .*; val/1: .*; val/2: .*; and 2 more\. "):
+        found.check()
 
 
 def test_seen_of_nothing_holds_nothing() -> None:
-    assert not Seen([], []).holds(numbered(1)[0])
-    assert not Seen(["val/1"], [1]).holds(numbered(1)[0])
-
-
-def test_seen_id_that_comes_twice_is_refused() -> None:
-    seen, record = Seen(["val/0"], [5]), numbered(1)[0]
-    assert seen.holds(record)
-    with pytest.raises(DataError, match="image id 'val/0' is there twice"):
-        seen.holds(replace(record, uri="s3://bucket/other"))
+    assert not seen().holds(numbered(1)[0])
+    assert not seen(numbered(2)[1]).holds(numbered(1)[0])
 
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1]])
