@@ -7,6 +7,7 @@ as many CPU workers; on another number of workers it goes on with the next image
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,9 @@ from pipeline.data.loading import Loader
 from pipeline.errors import ConfigError
 from pipeline.training import ranks
 from pipeline.training.checkpoint import Checkpoint, Position, Store
+
+LAYOUT = "shards_digest"
+"""In `State.order`: over the checksums of the training shards, which say what lies in which row."""
 
 
 class Stateful(Protocol):
@@ -71,7 +75,8 @@ class State:
 
     Attributes:
         parts: by name, everything that training changes.
-        order: what a position is counted in: it means the same only for the same dataset, seed and sampling.
+        order: what a position is counted in: it means the same only for the same dataset, in the same training shards,
+            and the same seed and sampling.
         epoch: finished epochs.
         offset: draws of the next one that are behind us, over all workers.
         history: the metrics of each finished epoch.
@@ -112,16 +117,26 @@ class State:
             ConfigError: it was stored by a run on other data, or with another recipe.
         """
         progress = stored.progress
-        if progress["order"] != self.order:
-            raise ConfigError(
-                f"{folder}: the run was begun with {_listed(progress['order'])}, now it is {_listed(self.order)}; "
-                "resume it with those, or choose another name"
-            )
+        self._check_order(progress["order"], folder)
         self._load_parts(stored.parts, folder)
         self.epoch, self.offset = stored.position
         self.history = list(progress["history"])
         tally = progress["tally"]
         self.tally = Tally(**tally | {"loss": torch.full_like(self.tally.loss, _own_share(tally["loss"]))})
+
+    def _check_order(self, stored: dict[str, Any], folder: str) -> None:
+        begun = {LAYOUT: self.order[LAYOUT]} | stored  # older checkpoints do not tell it
+        if {**begun, LAYOUT: ""} != {**self.order, LAYOUT: ""}:
+            raise ConfigError(
+                f"{folder}: the run was begun with {_listed(begun)}, now it is {_listed(self.order)}; resume it with "
+                "those, or choose another name"
+            )
+        if begun[LAYOUT] != self.order[LAYOUT]:
+            raise ConfigError(
+                f"{folder}: the run was begun on training shards that held the same images in another order or size; "
+                "ingest them as before (seed, rows_per_shard, rows_per_group, train_short_side, ...), or choose "
+                "another name"
+            )
 
     def _load_parts(self, stored: dict[str, Any], folder: str) -> None:
         if stored.keys() != self.parts.keys():
@@ -142,8 +157,10 @@ class State:
 
 def begin(parts: Mapping[str, Stateful], loader: Loader, device: torch.device | str) -> State:
     """The state before the first step."""
+    checksums = "".join(shard.sha256 for shard in loader.source.manifest.of("train"))
     order = {
         "dataset_digest": loader.source.manifest.digest,
+        LAYOUT: hashlib.sha256(checksums.encode()).hexdigest(),
         "seed": loader.seed,
         "sampling": loader.config.sampling.model_dump(mode="json"),
     }
@@ -171,4 +188,5 @@ def _own_share(losses: list[float]) -> float:
 
 
 def _listed(order: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {str(value)[:16] if key == 'dataset_digest' else value}" for key, value in order.items())
+    told = {key: str(value)[:16] if key == "dataset_digest" else value for key, value in order.items() if key != LAYOUT}
+    return ", ".join(f"{key} {value}" for key, value in told.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,34 @@ def test_a_run_is_not_resumed_as_another_one(
     with pytest.raises(ConfigError, match=said) as error:
         trained(stripes, recipe(epochs=2, **change), checkpoints=store)
     assert len(str(error.value).splitlines()) == 1
+
+
+def moved(source: shards.Shards) -> shards.Shards:
+    """The same images in another order."""
+    return replace(source, manifest=source.manifest.model_copy(update={"shards": source.manifest.shards[::-1]}))
+
+
+def test_a_run_is_not_resumed_on_shards_whose_images_lie_in_another_order(
+    stripes: shards.Shards, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    trained(stripes, recipe(epochs=1), checkpoints=store)
+    with pytest.raises(ConfigError, match=r"was begun on training shards that held the same images in another order"):
+        trained(moved(stripes), recipe(epochs=2), checkpoints=store)
+
+
+def test_a_checkpoint_that_does_not_tell_the_order_of_images_is_resumed(stripes: shards.Shards, tmp_path: Path) -> None:
+    first, second = Store(str(tmp_path / "first")), Store(str(tmp_path / "second"))
+    trained(stripes, recipe(epochs=1), checkpoints=first)
+    found = first.newest("cpu")
+    assert found
+    order = {key: value for key, value in found.progress["order"].items() if key != "shards_digest"}
+    second.save(found.position, found.parts, found.progress | {"order": order})
+    assert [epoch.number for epoch in trained(stripes, recipe(epochs=2), checkpoints=second)[1]] == [2]
+    order["seed"] = 1
+    second.save(found.position, found.parts, found.progress | {"order": order})
+    with pytest.raises(ConfigError, match=r"was begun with .* seed 1"):
+        trained(stripes, recipe(epochs=2), checkpoints=second)
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_one_others(stripes: shards.Shards) -> None:
