@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline import imaging
+from pipeline import imaging, storage
 from pipeline.data import duplicates, shards
 from pipeline.data.duplicates import UInt64Array
 from pipeline.data.findings import KINDS, Config, Findings, Report
@@ -168,11 +168,14 @@ def _run(source: shards.Shards, config: Config, progress: Progress) -> Iterator[
 
 def _num_groups(path: Path, shard: shards.Shard, findings: Findings) -> int:
     """Row groups that can be read, after a comparison of the file with the manifest."""
-    if not path.is_file():
+    try:
+        digest = shards.sha256(path)
+    except (FileNotFoundError, IsADirectoryError):
         findings.add("shard_missing", "the manifest names it, but it is not there", shard=shard.name)
         return 0
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        findings.add("shard_unreadable", storage.reason(error), shard=shard.name)
+        return 0
     if digest != shard.sha256:
         message = f"sha256 is {digest[:12]}, in the manifest {shard.sha256[:12]}"
         findings.add("shard_checksum", message, shard=shard.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,37 @@ def test_verify_of_the_house_s_own_shards_finds_nothing_wrong(stripes: shards.Sh
     report = look(stripes)
     assert report.total("error") == 0
     assert report.num_images == 53
+
+
+@pytest.mark.parametrize(
+    ("instead", "kind", "said"),
+    [
+        ("nothing", "shard_missing", "is not there"),
+        ("a folder", "shard_missing", "is not there"),
+        ("a loop", "shard_unreadable", "Too many levels of symbolic links"),
+        ("no right to read", "shard_unreadable", "Permission denied"),
+        ("a failing disk", "shard_unreadable", "Input/output error"),
+    ],
+)
+def test_verify_of_a_shard_that_cannot_be_read_is_a_finding(
+    sound: shards.Shards, instead: str, kind: str, said: str
+) -> None:
+    path = sound.path / "train-00000.parquet"
+    path.unlink()
+    if instead == "a folder":
+        path.mkdir()
+    elif instead == "a loop":
+        path.symlink_to(path)
+    elif instead == "no right to read":
+        if os.geteuid() == 0:
+            pytest.skip("root reads every file")
+        path.touch(0)
+    elif instead == "a failing disk":
+        path.symlink_to("/proc/self/mem")  # whose first bytes cannot be read
+    report = look(sound)
+    assert report.counts == {kind: 1}
+    assert said in report.examples[0].message
+    assert report.num_images == 3
 
 
 def test_verify_of_a_flipped_byte_names_the_shard_and_the_image(sound: shards.Shards) -> None:
