@@ -162,10 +162,11 @@ def _make(parts: list[Part], place: Work, config: Config, progress: Progress) ->
     import ray.data  # noqa: PLC0415  (so that planning runs in a plain Python shell)
     import ray.exceptions  # noqa: PLC0415
 
-    missing = [part for part in parts if not place.is_done(part)]
-    total = sum(part.num_records for part in parts)
-    done, rejects = total - sum(part.num_records for part in missing), 0
-    progress(done, total, "")
+    finished = {part: place.receipt(part) for part in parts if place.is_done(part)}
+    missing = [part for part in parts if part not in finished]
+    total, earlier = sum(part.num_records for part in parts), finished.values()
+    done, rejects = sum(made.num_records for made in earlier), sum(len(made.rejects) for made in earlier)
+    progress(done, total, f"{rejects} rejects")
     if not missing:
         return
 

@@ -105,7 +105,9 @@ def test_ingest_over_the_reject_limit_shows_nothing_and_a_higher_limit_finishes_
     assert all(path.name.startswith(".") for path in folder.iterdir())  # no dataset to be seen
     written = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     assert written.keys() == {shard.name for shard in made.manifest.shards}
-    after = ingest.ingest(dataset, CONFIG, folder / "shards")
+    said: list[tuple[int, int, str]] = []
+    after = ingest.ingest(dataset, CONFIG, folder / "shards", lambda *progress: said.append(progress))
+    assert said == [(194, 194, "1 rejects")]  # of the earlier run, too
     assert after.manifest == made.manifest
     assert {name: (after.path / name).stat().st_mtime_ns for name in written} == written
     assert list(folder.iterdir()) == [after.path]  # the working folder is gone
