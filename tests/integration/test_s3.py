@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import tarfile
@@ -18,7 +19,7 @@ from moto.server import ThreadedMotoServer
 from pipeline import storage
 from pipeline.config import parse
 from pipeline.data import datasets
-from pipeline.data.datasets import DatasetConfig, _tar, image_folder, imagenet, uri_list, webdataset
+from pipeline.data.datasets import DatasetConfig, _tar, coco, image_folder, imagenet, uri_list, voc, webdataset, yolo
 from pipeline.errors import DataError
 from pipeline.types import Record
 
@@ -153,6 +154,43 @@ def test_imagenet_tars_in_a_bucket_are_read_in_place(bucket: Any) -> None:
     config = imagenet.Config(root=f"s3://{BUCKET}/in", splits=("train",))
     records = list(imagenet.records(config, "train"))
     assert [content(record) for record in records] == [wnid.encode() * 9 for wnid in wnids]
+
+
+def test_detection_layouts_in_a_bucket_are_read(bucket: Any) -> None:
+    xml = "<annotation><filename>1.jpg</filename><size><width>9</width><height>9</height></size>{}</annotation>"
+    box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"
+    instances = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 9, "width": 9}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    files = {
+        "voc/ImageSets/Segmentation/train.txt": "1",
+        "voc/Annotations/1.xml": xml.format(f"<object><name>dog</name>{box}</object>"),
+        "voc/JPEGImages/1.jpg": "pixels",
+        "voc/SegmentationClass/1.png": "mask",
+        "coco/annotations/instances_train2017.json": json.dumps(instances),
+        "coco/train2017/1.jpg": "pixels",
+        "yolo/data.yaml": "names: [dog]",
+        "yolo/images/train/1.jpg": "pixels",
+        "yolo/labels/train/1.txt": f"0 {3 / 9} {3 / 9} {4 / 9} {4 / 9}",
+    }
+    put(bucket, **{name: text.encode() for name, text in files.items()})
+    root, found = f"s3://{BUCKET}", dict[str, Record]()
+    configs = [
+        voc.Config(root=f"{root}/voc", splits=("train",), masks=True, classes=("dog",)),
+        coco.Config(root=f"{root}/coco", splits=("train",)),
+        yolo.Config(root=f"{root}/yolo", splits=("train",)),
+    ]
+    for config in configs:
+        assert datasets.class_names(config) == ("dog",)
+        (found[config.name],) = datasets.records(config, "train")
+    assert [(content(record), record.size_bytes) for record in found.values()] == [(b"pixels", 6)] * 3
+    assert (found["voc"].mask_uri, found["voc"].mask_bytes) == (f"{root}/voc/SegmentationClass/1.png", 4)
+    for record in found.values():
+        assert record.objects is not None
+        scale = 9 if record.objects.frame_hw == (1, 1) else 1
+        assert (record.objects.boxes_xyxy * scale).round(4).tolist() == [[1, 1, 5, 5]]
 
 
 @pytest.mark.parametrize("where", ["bucket", "disk"])
