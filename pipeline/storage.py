@@ -8,6 +8,7 @@ Writing is for checkpoints; shards are written by pyarrow itself.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ _SETTINGS = (
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\udc80-\udcff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 Location = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 """A configuration field that takes a path or a URL."""
@@ -66,8 +67,11 @@ def absolute(location: str, base: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """A name without control characters and undecodable bytes, each of which becomes `%XX`."""
-    return _UNPRINTABLE.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", name)
+    """A name without control characters and what is no text: undecodable bytes, halves of a character of JSON.
+
+    Each of their bytes becomes `%XX`.
+    """
+    return _UNPRINTABLE.sub(_escaped, name)
 
 
 def is_folder(location: str) -> bool:
@@ -131,10 +135,13 @@ def open_input(uri: str) -> BinaryIO:
     Raises:
         OSError: it cannot be opened.
     """
-    if not is_remote(uri):
-        return Path(uri).open("rb")
-    filesystem, path = _filesystem(uri)
-    return cast(BinaryIO, filesystem.open_input_file(path))
+    try:
+        if not is_remote(uri):
+            return Path(uri).open("rb")
+        filesystem, path = _filesystem(uri)
+        return cast(BinaryIO, filesystem.open_input_file(path))
+    except ValueError as error:  # a NUL, or half a character: no file can have this name
+        raise OSError(errno.EINVAL, str(error), uri) from None
 
 
 def write(uri: str, data: bytes | memoryview) -> None:
@@ -185,6 +192,12 @@ def reason(error: OSError) -> str:
     """Why a file could not be had, in a few words."""
     text = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return text.split(". Detail: ")[0].split(" (Request ID: ")[0][:200]  # the tails that pyarrow and S3 add
+
+
+def _escaped(found: re.Match[str]) -> str:
+    undecodable = "\udc80" <= found[0] <= "\udcff"  # a byte of a file's name, as Python keeps it
+    data = found[0].encode("utf-8", "surrogateescape" if undecodable else "surrogatepass")
+    return "".join(f"%{byte:02X}" for byte in data)
 
 
 def _sync_folder(folder: Path) -> None:

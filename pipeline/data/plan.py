@@ -220,7 +220,7 @@ def _size(uri: str) -> int:
     """Bytes of a local file; 0 where it is not there, which is found out when it is read."""
     try:
         return 0 if storage.is_remote(uri) else Path(uri).stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return 0
 
 

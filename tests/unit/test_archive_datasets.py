@@ -540,6 +540,7 @@ def test_braces_that_run_backwards_or_without_end_are_refused(pattern: str) -> N
         ([("k.jpg", b""), ("k.cls", b"2")], {"classes": ["a", "b"]}, "the label 2, but dataset.classes has 2 names"),
         ([("k.jpg", b""), ("k.json", b"{")], {"label_key": "y"}, "expected a number or a name at 'y' in its .json"),
         ([("k.jpg", b""), ("k.json", b'{"y": true}')], {"label_key": "y"}, "a number or a name at 'y' in its .json"),
+        ([("k.jpg", b""), ("k.json", b'{"y": "\\ud800"}')], {"label_key": "y"}, "a number or a name at 'y' in its .json"),
         ([("k.jpg", b""), ("k.json", b"[" * 10**5)], {"label_key": "y"}, "a number or a name at 'y' in its .json"),
         (
             [("k.jpg", b""), ("k.json", b'{"y": "c"}')],
@@ -698,6 +699,11 @@ def test_table_that_is_missing_damaged_or_without_a_split_is_refused(tmp_path: P
     )
     put(tmp_path / "a.parquet", b"uri,class_name,split")
     assert "a.parquet: expected a Parquet file" in refused(uri_list.Config(root=str(tmp_path), tables="a.parquet"))
+    odd = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 1], "<i4")), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"uri": odd, "class_name": ["a"], "split": ["train"]}), tmp_path / "a.parquet")
+    assert "a.parquet: expected a Parquet file, got a damaged one ('utf-8' codec can't decode" in refused(
+        uri_list.Config(root=str(tmp_path), tables="a.parquet")
+    )
     config = table(tmp_path, ROWS, splits=["train", "test"])
     assert "no row belongs to 'test'; take it out of dataset.splits" in refused(config)
     with pytest.raises(ConfigError, match="expected a table for each split, got none for 'val'"):

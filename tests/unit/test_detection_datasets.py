@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import boxes, masks
+from pipeline.data import datasets, plan
 from pipeline.data.datasets import _json, coco, voc, yolo
 from pipeline.errors import ConfigError, DataError
 from pipeline.types import Objects, Record, RunLengths
@@ -257,6 +258,21 @@ def test_coco_image_without_a_file_is_rejected_later_or_skipped(tmp_path: Path) 
     assert kept == others
     with pytest.raises(DataError, match=r"expected the images that .* names, for example b.jpg, got none"):
         list(coco.records(config.model_copy(update={"images": "annotations"}), "train"))
+
+
+def test_coco_file_name_that_is_no_text_is_escaped_like_that_of_a_file(tmp_path: Path) -> None:
+    odd, *others = coco.records(coco_tree(tmp_path, changed("images", 0, file_name="\ud800.jpg")), "train")
+    assert (odd.image_id, Path(odd.uri).name, odd.size_bytes) == ("train/%ED%A0%80.jpg", "%ED%A0%80.jpg", 0)
+    assert len(others) == 2
+    assert len(plan.write_listing(tmp_path / "listing", [odd, *others])) == 3
+
+
+def test_class_names_that_are_no_text_are_one_error_at_listing(tmp_path: Path) -> None:
+    write(tmp_path / "yolo", {"names.txt": "gar\xe7on\nfille\n".encode("latin-1")})
+    with pytest.raises(DataError, match=r"yolo: expected class names in UTF-8, got 'gar\\udce7on'; write the file"):
+        datasets.class_names(yolo.Config(root=tmp_path / "yolo", description="names.txt"))
+    with pytest.raises(DataError, match=r"coco: expected class names in UTF-8, got '\\ud800'"):
+        datasets.class_names(coco_tree(tmp_path / "coco", changed("categories", 0, name="\ud800")))
 
 
 def test_coco_splits_with_other_categories_are_refused(tmp_path: Path) -> None:

@@ -88,9 +88,10 @@ def test_part_gives_back_the_record_that_was_listed(tmp_path: Path, name: str) -
 
 def test_listing_notes_the_size_that_a_dataset_did_not_tell(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"12345")
-    listed = [Record("val/a", str(tmp_path / "a.jpg"), "val", 0), Record("val/b", str(tmp_path / "gone"), "val", 0)]
+    names = ("a.jpg", "gone", "nul\0.jpg")
+    listed = [Record(f"val/{index}", str(tmp_path / name), "val", 0) for index, name in enumerate(names)]
     found = {record.image_id: record.size_bytes for record in read(tmp_path, written(tmp_path, listed))}
-    assert found == {"val/a": 5, "val/b": 0}
+    assert found == {"val/0": 5, "val/1": 0, "val/2": 0}
 
 
 def test_listing_with_an_id_twice_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -317,6 +317,13 @@ def test_file_of_any_name_is_read_or_turned_away_in_printable_words(tmp_path: Pa
     assert reject.uri.isprintable()
 
 
+def test_mask_of_any_name_is_turned_away_in_printable_words(tmp_path: Path) -> None:
+    mask = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    mask.write_bytes(imaging.encode_mask(np.zeros((9, 9), np.uint8)))
+    (reject,) = annotated(tmp_path, None, mask)[0].rejects
+    assert "%FF.png: the mask has (9, 9) pixels" in reject.message
+
+
 def test_a_part_of_a_file_is_an_image_and_a_part_beyond_its_end_is_not(tmp_path: Path) -> None:
     first, second = (imaging.encode_jpeg(pixels(side, 30)) for side in (20, 25))
     (tmp_path / "all.tar").write_bytes(first + second)

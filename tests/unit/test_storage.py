@@ -45,6 +45,13 @@ def test_walk_of_odd_names_gives_printable_distinct_names_and_locations_that_ope
     assert all(file.name.encode("utf-8") and file.name.isprintable() for file in found)
 
 
+def test_halves_of_a_character_are_escaped_and_name_no_file(tmp_path: Path) -> None:
+    assert storage.printable("\ud800\udfff.jpg") == "%ED%A0%80%ED%BF%BF.jpg"
+    for name in ("\ud800.jpg", "a\0.jpg"):
+        with pytest.raises(OSError, match=r"can't encode|null byte"):
+            storage.read(str(tmp_path / name))
+
+
 def test_walk_is_sorted_and_leaves_hidden_files_and_folders_out(tmp_path: Path) -> None:
     put(tmp_path, "b/2", "b/10", "a.x", "B", ".hidden", ".git/x", "b/.deep/y", "b/._2")
     assert names(tmp_path) == ["B", "a.x", "b/10", "b/2"]

@@ -76,8 +76,24 @@ def config_of(name: str) -> type[DatasetConfig]:
 
 
 def class_names(config: DatasetConfig) -> tuple[str, ...]:
-    """The class names, sorted as text; a label is an index into them."""
-    return cast(tuple[str, ...], _module(config.name).class_names(config))
+    """The class names, sorted as text; a label is an index into them.
+
+    Raises:
+        DataError: the collection contradicts itself, or a name is no text.
+    """
+    found = cast(tuple[str, ...], _module(config.name).class_names(config))
+    odd = next((name for name in found if not is_text(name)), None)
+    if odd is not None:
+        raise DataError(
+            f"{config.root}: expected class names in UTF-8, got {ascii(odd)[:80]}; write the file that names the "
+            "classes in UTF-8"
+        )
+    return found
+
+
+def is_text(name: str) -> bool:
+    """Whether UTF-8 can write a name: it holds no byte that was not decoded and no half of a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def records(config: DatasetConfig, split: Split) -> Iterator[Record]:

@@ -112,7 +112,7 @@ def _parquet(file: BinaryIO, uri: str, alone: bool) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{uri}: row {number}", row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())[:120]
         raise DataError(f"{uri}: expected a Parquet file, got a damaged one ({said}); write it again") from None
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from pipeline import storage
-from pipeline.data.datasets import DatasetConfig, _tar, folder_of
+from pipeline.data.datasets import DatasetConfig, _tar, folder_of, is_text
 from pipeline.data.datasets.image_folder import walk
 from pipeline.errors import ConfigError, DataError
 from pipeline.types import Record, Split
@@ -231,6 +231,6 @@ def _value(content: bytes, name: str) -> int | str | None:
     except (ValueError, RecursionError):
         return None
     value = found.get(name) if isinstance(found, dict) else None
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and value.strip() and is_text(value):
         return storage.printable(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
