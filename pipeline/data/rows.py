@@ -298,7 +298,10 @@ def _painted(objects: Objects, frame_hw: tuple[int, int], original_hw: tuple[int
 def _mask(uri: str, original_hw: tuple[int, int], max_bytes: int) -> bytes:
     mask = imaging.decode_mask(_read(uri, max_bytes))
     if mask.shape != original_hw:
-        raise ImageError("mask", f"{storage.printable(uri)}: the mask has {mask.shape} pixels, its image {original_hw} (height, width).")
+        raise ImageError(
+            "mask",
+            f"{storage.printable(uri)}: the mask has {mask.shape} pixels, its image {original_hw} (height, width).",
+        )
     return imaging.encode_mask(mask)
 
 

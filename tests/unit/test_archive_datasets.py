@@ -540,7 +540,11 @@ def test_braces_that_run_backwards_or_without_end_are_refused(pattern: str) -> N
         ([("k.jpg", b""), ("k.cls", b"2")], {"classes": ["a", "b"]}, "the label 2, but dataset.classes has 2 names"),
         ([("k.jpg", b""), ("k.json", b"{")], {"label_key": "y"}, "expected a number or a name at 'y' in its .json"),
         ([("k.jpg", b""), ("k.json", b'{"y": true}')], {"label_key": "y"}, "a number or a name at 'y' in its .json"),
-        ([("k.jpg", b""), ("k.json", b'{"y": "\\ud800"}')], {"label_key": "y"}, "a number or a name at 'y' in its .json"),
+        (
+            [("k.jpg", b""), ("k.json", b'{"y": "\\ud800"}')],
+            {"label_key": "y"},
+            "a number or a name at 'y' in its .json",
+        ),
         ([("k.jpg", b""), ("k.json", b"[" * 10**5)], {"label_key": "y"}, "a number or a name at 'y' in its .json"),
         (
             [("k.jpg", b""), ("k.json", b'{"y": "c"}')],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,14 @@ def test_json_that_is_none_is_refused_for_any_chunk(tmp_path: Path, text: str) -
 # YOLO
 
 
+LETTERS = "abcdefghij"
+BOMB = (
+    f"names: [x, y]\na: &a [{'ha, ' * 9}ha]\n"
+    + "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise(LETTERS))
+    + "train: *j\n"
+)  # 10 billion words
+
+
 def yolo_tree(root: Path, description: str = "names: [zebra, apple]\n", **files: Any) -> yolo.Config:
     write(
         root,
@@ -456,7 +465,9 @@ def test_yolo_line_that_is_damaged_names_file_and_line(tmp_path: Path, line: str
         ("names: 3", "class names, each once, got 0"),
         ("names: [yes, no]", "class names as text by index, got a bool; put it in quotes"),
         ("- a", "a YAML with a key 'names', got a list"),
-        ("names: [", "not valid YAML"),
+        ("names: [", "not YAML that can be read: while parsing"),
+        ("a: &a [ha, ha]\nnames: [x, y]\npath: *a", r"an alias \(\*name\) is not followed; write out what it"),
+        (BOMB, "an alias .* is not followed"),
         ("names: [a, b]\ntrain: none", "expected images in 'none', got nothing there; set dataset.images"),
         ("names: [a, b]\ntrain: l.txt", "expected the image 'images/train/9.jpg' that 'l.txt' lists"),
         ("names: [a, b]\ntrain: [images/train, images/train]", "each once, got 6 of which 3 differ"),
