@@ -426,6 +426,24 @@ def test_yolo_description_says_where_the_images_are(tmp_path: Path, description:
     assert [Path(record.uri).name for record in yolo.records(config, "train")] == ["1.png", "2.jpg", "3.jpg"]
 
 
+def test_yolo_list_of_absolute_paths_names_images_below_the_root_only(tmp_path: Path) -> None:
+    inside = f"{tmp_path}/images/train/1.png\n"
+    beside = {"lists/images/train/1.png": b"another"}
+    config = yolo_tree(tmp_path, "names: [a, b]\ntrain: lists/l.txt", **{"lists/l.txt": inside}, **beside)
+    (record,) = yolo.records(config, "train")
+    assert record.uri == inside.strip()
+    for description in (
+        f"names: [a, b]\ntrain: {tmp_path}/images/train",
+        f"names: [a, b]\npath: {tmp_path}/images\ntrain: train",
+    ):
+        (tmp_path / "data.yaml").write_text(description)
+        assert len(list(yolo.records(config, "train"))) == 3
+    (tmp_path / "lists/l.txt").write_text("/images/train/1.png")
+    sentence = r"'lists/l.txt' lists '/images/train/1.png', which does not lie below this folder; set dataset.root"
+    with pytest.raises(DataError, match=sentence):
+        list(yolo.records(config.model_copy(update={"images": "lists/l.txt"}), "train"))
+
+
 def test_yolo_labels_lie_beside_images_where_no_folder_is_called_images(tmp_path: Path) -> None:
     write(
         tmp_path,

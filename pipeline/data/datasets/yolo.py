@@ -126,21 +126,31 @@ def _yaml(uri: str) -> Mapping[str, Any]:
 
 def _places(config: Config, split: Split, files: Mapping[str, storage.File]) -> list[str]:
     """The folders and lists of one split, below the root."""
+    root = folder_of(config)
     if config.images is not None:
-        return [_plain(of_split(config, "images", split))]
-    described = _yaml(storage.join(folder_of(config), config.description)) if _is_yaml(config.description) else {}
+        return [_plain(_below(of_split(config, "images", split), root))]
+    described = _yaml(storage.join(root, config.description)) if _is_yaml(config.description) else {}
     given = described.get(split) or f"images/{split}"
     places = given if isinstance(given, list) else [given]
     if not all(isinstance(place, str) for place in places):
         raise DataError(f"{config.description}: expected folders of images in '{split}', got {str(given)[:80]}")
-    base = _plain(str(described.get("path") or ""))
-    return [_existing(_plain(place), base, files) for place in places]
+    base = _plain(_below(str(described.get("path") or ""), root))
+    return [_existing(_plain(_below(place, root)), base, files) for place in places]
 
 
 def _existing(place: str, base: str, files: Mapping[str, storage.File]) -> str:
     """Put a place below the description's `path`, unless that names the folder of another machine."""
     below = "/".join(part for part in (base, place) if part)
     return below if below in files or any(name.startswith(f"{below}/") for name in files) else place
+
+
+def _below(place: str, root: str) -> str:
+    """A place that is given in full without the root above it; others as they are."""
+    return place.removeprefix(f"{root.rstrip('/')}/") if _is_absolute(place) else place
+
+
+def _is_absolute(place: str) -> bool:
+    return place.startswith("/") or storage.is_remote(place)
 
 
 def _plain(place: str) -> str:
@@ -154,9 +164,7 @@ def _plain(place: str) -> str:
 def _images(root: str, place: str, files: Mapping[str, storage.File]) -> list[str]:
     """The names of images in a folder, or on a list, below the root."""
     if place.endswith(".txt"):
-        beside = place.rpartition("/")[0]
-        listed = [_plain(line) for line in lines(storage.join(root, place)) if line]
-        found = [f"{beside}/{name}" if f"{beside}/{name}" in files else name for name in listed]
+        found = [_listed(line, place, root, files) for line in lines(storage.join(root, place)) if line]
     else:
         prefix = f"{place}/" if place else ""
         found = [name for name in files if name.startswith(prefix) and not name.lower().endswith(_NO_IMAGES)]
@@ -165,6 +173,18 @@ def _images(root: str, place: str, files: Mapping[str, storage.File]) -> list[st
         sought = f"the image '{odd}' that '{place}' lists" if odd is not None else f"images in '{place}'"
         raise DataError(f"{root}: expected {sought}, got nothing there; set dataset.images")
     return found
+
+
+def _listed(line: str, place: str, root: str, files: Mapping[str, storage.File]) -> str:
+    """The name of an image on a list: an absolute path as it is, else one beside the list or below the root."""
+    inside = _below(line, root)
+    if _is_absolute(inside):
+        raise DataError(
+            f"{root}: '{place}' lists {line[:200]!r}, which does not lie below this folder; set dataset.root to a "
+            "folder above its images, or list them by their paths below it"
+        )
+    beside = f"{place.rpartition('/')[0]}/{_plain(inside)}"
+    return beside if not _is_absolute(line) and beside in files else _plain(inside)
 
 
 def _label_name(image: str) -> str:
