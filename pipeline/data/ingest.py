@@ -93,7 +93,7 @@ def _finished(
     if before is not None:
         _check_same(before, asked, classes)
     with work.listing_folder(destination) as folder:
-        listings = {split: _listed(dataset, split, folder, len(classes)) for split in dataset.splits}
+        listings = {split: _listed(dataset, split, folder, classes, before) for split in dataset.splits}
         asked["files_sha256"] = hashlib.sha256(
             "".join(found.digest for found in listings.values()).encode()
         ).hexdigest()
@@ -118,8 +118,12 @@ def _finished(
     return place.publish(manifest, rejects)
 
 
-def _listed(dataset: datasets.DatasetConfig, split: Split, folder: Path, num_classes: int) -> plan.Listing:
-    records = plan.with_known_labels(datasets.records(dataset, split), num_classes)
+def _listed(
+    dataset: datasets.DatasetConfig, split: Split, folder: Path, classes: tuple[str, ...], before: shards.Shards | None
+) -> plan.Listing:
+    records = plan.with_known_labels(datasets.records(dataset, split), len(classes))
+    if split == "train" and before is None:
+        records = plan.with_every_class(records, classes)
     return plan.write_listing(folder / f"{split}.jsonl", records)
 
 
@@ -301,13 +305,13 @@ def _check_rejects(made: Outcome, config: Config) -> None:
 
 
 def _check_classes(classes: tuple[str, ...], counts: dict[Split, tuple[int, ...]]) -> None:
-    """Of images that have a class, every split must hold every class; rejects may have emptied one."""
-    for split, found in counts.items():
-        if any(found) and not all(found):
-            raise DataError(
-                f"split '{split}': the class '{classes[found.index(0)]}' has no usable image; add some or remove its "
-                "folder"
-            )
+    """Of images that have a class, training needs some of each; rejects may have emptied one."""
+    found = counts.get("train", ())
+    if any(found) and not all(found):
+        raise DataError(
+            f"split 'train': the class '{classes[found.index(0)]}' has no usable image, all of its own were turned "
+            "away; add some, or leave the class out of every split"
+        )
 
 
 def _named(made: Outcome, classes: tuple[str, ...]) -> list[dict[str, Any]]:

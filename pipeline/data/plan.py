@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +95,25 @@ def with_known_labels(records: Iterable[Record], num_classes: int) -> Iterator[R
                 f"{odd}; correct the annotation"
             )
         yield record
+
+
+def with_every_class(records: Iterable[Record], classes: Sequence[str]) -> Iterator[Record]:
+    """The same records, of a split that is learned from.
+
+    Raises:
+        DataError: they have classes, but not each of these; known, and so said, at the end.
+    """
+    missing, labelled = set(range(len(classes))), False
+    for record in records:
+        if record.label is not None:
+            missing.discard(record.label)
+            labelled = True
+        yield record
+    if labelled and missing:
+        raise DataError(
+            f"split 'train': {len(missing)} of {len(classes)} classes have no image, the first is "
+            f"'{classes[min(missing)]}'; add some, or leave these classes out of every split"
+        )
 
 
 def write_parts(

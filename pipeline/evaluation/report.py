@@ -89,7 +89,7 @@ class Report(Strict):
     def figures(self) -> dict[str, Figure]:
         """The confusion matrix and the recall per class, by file name."""
         title = f"{self.split}: top-1 {self.metrics['top1']:.4f}"
-        recall = {entry.class_name: entry.recall for entry in self.per_class()}
+        recall = {entry.class_name: entry.recall for entry in self.per_class() if entry.num_images}
         return {
             "confusion.png": figures.confusion_matrix(np.array(self.confusion), self.classes, title),
             "recall.png": figures.weakest_classes(recall, f"{self.split}: weakest classes"),

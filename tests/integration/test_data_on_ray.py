@@ -14,7 +14,7 @@ from pipeline import imaging, models
 from pipeline.batch import Batch
 from pipeline.config import validate
 from pipeline.data import ingest, shards
-from pipeline.data.datasets import image_folder
+from pipeline.data.datasets import image_folder, uri_list
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
 from pipeline.data.rows import make_shard
@@ -81,6 +81,21 @@ def test_ingest_keeps_every_image_or_its_reason(made: shards.Shards) -> None:
         original = min(row["original_height"], row["original_width"])
         stored = min(row["height"], row["width"])
         assert stored == (24 if row["image_id"].startswith("train") else original)
+
+
+def test_ingest_lets_other_splits_lack_a_class_but_not_training(photos: Path, tmp_path: Path) -> None:
+    lines = ["uri,class_name,split", "train/dark/notes.txt,none,train"]
+    lines += [f"train/{name}/{number:03d},{name},train" for number, name in enumerate(("bright", "dark"))]
+    table = tmp_path / "images.csv"
+    table.write_text("\n".join([*lines, "val/dark/001,dark,val"]))
+    dataset = uri_list.Config(root=photos, tables=str(table))
+    lenient = CONFIG.model_copy(update={"max_reject_share": 1.0})
+    with pytest.raises(DataError, match="split 'train': the class 'none' has no usable image, all of its own were"):
+        ingest.ingest(dataset, lenient, tmp_path / "shards")
+    table.write_text("\n".join([lines[0], *lines[2:], "val/dark/001,dark,val"]))
+    manifest = ingest.ingest(dataset, CONFIG, tmp_path / "shards").manifest
+    assert (manifest.classes, manifest.class_counts) == (("bright", "dark"), {"train": (1, 1), "val": (0, 1)})
+    assert manifest.sizes.keys() == {"train", "val"}
 
 
 def test_ingest_twice_gives_the_same_bytes_as_one_process(made: shards.Shards, photos: Path, tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def test_collection_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_training_split_without_a_class_is_found_before_anything_is_decoded(tmp_path: Path) -> None:
+    rows = "uri,class_name,split\n1.jpg,cat,train\n2.jpg,cat,val\n3.jpg,dog,val\n"
+    (tmp_path / "images.csv").write_text(rows)  # there is none of these files
+    with pytest.raises(DataError, match=r"'train': 1 of 2 classes have no image, the first is 'dog'; add some, or lea"):
+        ingest.ingest(uri_list.Config(root=tmp_path), ingest.Config(), tmp_path / "shards")
+    assert [path.name for path in tmp_path.iterdir()] == ["images.csv"]
+
+
 def test_destination_below_a_file_is_one_sentence(stripes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file: cannot be written: (Not a directory|File exists); mend that"):
