@@ -94,6 +94,7 @@ def _finished(
         _check_same(before, asked, classes)
     with work.listing_folder(destination) as folder:
         listings = {split: _listed(dataset, split, folder, classes, before) for split in dataset.splits}
+        plan.check_strangers(listings)
         asked["files_sha256"] = hashlib.sha256(
             "".join(found.digest for found in listings.values()).encode()
         ).hexdigest()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,16 +36,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The records of one split, in a file; only their positions are held.
+    """The records of one split, in a file; only their positions and keys are held, 16 bytes of each.
 
     Attributes:
         path: JSON lines.
         offsets: where each line begins.
+        keys: of the ids of all records.
         digest: of ids, labels, boxes and the sizes of images and masks, not of where the files lie.
     """
 
     path: Path
     offsets: array[int]
+    keys: array[int]
     digest: str
 
     def __len__(self) -> int:
@@ -67,8 +69,25 @@ def write_listing(path: Path, records: Iterable[Record]) -> Listing:
             keys.append(_key(record.image_id))
             offsets.append(at)
             at += file.write(json.dumps(fields).encode() + b"\n")
-    _check_unique(path, keys)
-    return Listing(path, offsets, digest.hexdigest())
+    found = Listing(path, offsets, keys, digest.hexdigest())
+    twice = next(_repeated([found]), None)
+    if twice is not None:
+        raise _twice(twice)
+    return found
+
+
+def check_strangers(listings: Mapping[Split, Listing]) -> None:
+    """Refuse an image id that two splits have.
+
+    Raises:
+        DataError: there is one.
+    """
+    for record in _repeated(listings.values()):
+        splits = " and ".join(f"'{split}'" for split, found in listings.items() if _key(record.image_id) in found.keys)
+        raise DataError(
+            f"image id '{record.image_id}' is in the splits {splits}; leave it in one of them, or rename one if they "
+            "are two images"
+        )
 
 
 def only(listing: Listing, wanted: Callable[[Record], bool]) -> Listing:
@@ -212,15 +231,18 @@ class Seen:
         return None if _key(rows.meaning(row)) == meaning else "has another label, other boxes or another mask"
 
 
-def _check_unique(path: Path, keys: array[int]) -> None:
-    """Refuse ids that a listing has twice: 8 bytes of each are held, so it is read again to name one."""
-    ordered = np.sort(np.frombuffer(keys, np.int64))
+def _repeated(listings: Collection[Listing]) -> Iterator[Record]:
+    """The records whose ids these have more than once: 8 bytes of each are held, so the files are read again."""
+    ordered = np.sort(np.concatenate([np.frombuffer(found.keys, np.int64) for found in listings]))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if twice:
-        with path.open("rb") as file:
+    for found in listings if twice else ():
+        with found.path.open("rb") as file:
             records = (_from_json(json.loads(line)) for line in file)
-            record = next(record for record in records if _key(record.image_id) in twice)
-        raise DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
+            yield from (record for record in records if _key(record.image_id) in twice)
+
+
+def _twice(record: Record) -> DataError:
+    return DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
 
 
 def _key(text: str) -> int:

@@ -55,6 +55,13 @@ def test_training_split_without_a_class_is_found_before_anything_is_decoded(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["images.csv"]
 
 
+def test_image_id_in_two_splits_is_found_before_anything_is_decoded(tmp_path: Path) -> None:
+    rows = "uri,class_name,split,image_id\n1.jpg,cat,train,a\n2.jpg,dog,train,b\n3.jpg,dog,val,a\n"
+    (tmp_path / "images.csv").write_text(rows)
+    with pytest.raises(DataError, match="image id 'a' is in the splits 'train' and 'val'"):
+        ingest.ingest(uri_list.Config(root=tmp_path), ingest.Config(), tmp_path / "shards")
+
+
 def test_destination_below_a_file_is_one_sentence(stripes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file: cannot be written: (Not a directory|File exists); mend that"):
