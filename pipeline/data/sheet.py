@@ -1,7 +1,7 @@
-"""Picture sheets: one PNG of many pictures of a dataset, or of its rejects, because people look rather than read.
+"""Picture sheets: PNGs of many pictures of a dataset, or of its rejects, because people look rather than read.
 
 `sheet` draws tiles; `of_dataset` and `of_rejects` choose them. Pillow draws and `imaging` decodes; no Ray, no plots.
-Left out: where the PNG goes.
+Left out: where a PNG goes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Colour = tuple[int, int, int]
 PAPER, INK, GREY, FAINT = (255, 255, 255), (30, 30, 30), (205, 205, 205), (120, 120, 120)
 GAP_PX = 6
 MAX_REJECTS = 64
+MAX_TILES, PAGE_TILES = 2000, 80  # of a split: half a minute or so of decoding; of one page
 _FONT_SIZE, _LINE_PX, _PLATE_PX = 11, 14, 13
 _CAPTION_LINES = 2
 _DETAIL_PX = 256  # of the short side, at least: larger pictures may be decoded at a part of their size
@@ -83,29 +84,29 @@ def sheet(tiles: Sequence[Tile], columns: int = 8, tile_px: int = 128) -> bytes:
 
 
 def of_dataset(
-    source: shards.Shards, split: Split, per_class: int = 4, max_classes: int = 20, seed: int = 0, tile_px: int = 128
-) -> bytes:
-    """A random sample of one split: of each class, or, where images have none of their own, of all; boxes are drawn.
+    source: shards.Shards, split: Split, per_class: int = 4, seed: int = 0, tile_px: int = 128
+) -> Iterator[bytes]:
+    """Pages with a random sample of one split: of each class, or, where images have none, one of all with their boxes.
 
-    Where there are more than `max_classes` classes, a random choice of them is shown. The picture is a function of the
-    shards, the counts and the seed.
+    A page has at most 80 pictures and whole classes. All pages have at most 2,000: fewer of each class where there are
+    more than 500, and one of a random choice of classes where there are more than 2,000. The pages are a function of
+    the shards, the counts and the seed.
 
     Raises:
         DataError: there is no such split, or a shard cannot be read.
     """
     rng = np.random.default_rng([seed, *split.encode()])
     labels = _labels(source, split)
-    known = np.unique(labels[labels >= 0])
-    if not len(known):
-        total = min(per_class * max_classes, len(labels))
-        chosen = rng.permutation(len(labels))[:total].tolist()
-        return sheet(list(_tiles(source, split, sorted(chosen))), columns=4, tile_px=2 * tile_px)
-    shown = np.sort(rng.permutation(known)[:max_classes])
-    numbers = [
-        number for label in shown for number in sorted(rng.permutation(np.flatnonzero(labels == label))[:per_class])
-    ]
+    if not (labels >= 0).any():
+        chosen = sorted(rng.permutation(len(labels))[: PAGE_TILES // 2].tolist())
+        yield sheet(list(_tiles(source, split, chosen)), columns=4, tile_px=2 * tile_px)
+        return
+    per_class = max(1, min(per_class, MAX_TILES // len(source.manifest.classes)))
+    sample = _sample(labels, per_class, rng)
     columns = per_class * max(1, 8 // per_class)  # whole classes in a row
-    return sheet(list(_tiles(source, split, numbers)), columns=columns, tile_px=tile_px)
+    for start in range(0, len(sample), PAGE_TILES // per_class):
+        numbers = [number for of_class in sample[start : start + PAGE_TILES // per_class] for number in of_class]
+        yield sheet(list(_tiles(source, split, numbers)), columns=columns, tile_px=tile_px)
 
 
 def of_rejects(source: shards.Shards, seed: int = 0, tile_px: int = 128) -> bytes | None:
@@ -131,6 +132,16 @@ def colour_of(label: int) -> Colour:
     """A bright colour for a label; neighbouring labels differ most (steps of the golden ratio around the hues)."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _sample(labels: Int64Array, per_class: int, rng: np.random.Generator) -> list[list[int]]:
+    """Some rows of each class, in the order of the classes."""
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    known, starts = np.unique(labels[order], return_index=True)
+    of_classes = np.split(order, starts[1:])
+    shown = np.sort(rng.permutation(np.flatnonzero(known >= 0))[: MAX_TILES // per_class])
+    return [np.sort(of_classes[at][:per_class]).tolist() for at in shown.tolist()]
 
 
 def _labels(source: shards.Shards, split: Split) -> Int64Array:

@@ -166,10 +166,12 @@ def _is_at(path: Path, file: TextIO) -> bool:
 
 
 def _draw(dataset: shards.Shards) -> None:
-    """Picture sheets, for people: a sample of each split, and of what was left out."""
+    """Picture sheets, for people: a sample of each class of each split, and of what was left out."""
     for split in dataset.manifest.class_counts:
         if any(shard.split == split for shard in dataset.manifest.shards):
-            (dataset.path / f"sheet-{split}.png").write_bytes(sheet.of_dataset(dataset, split, max_classes=10))
+            for number, page in enumerate(sheet.of_dataset(dataset, split), 1):
+                name = f"sheet-{split}.png" if number == 1 else f"sheet-{split}-{number:02d}.png"
+                (dataset.path / name).write_bytes(page)
     rejects = sheet.of_rejects(dataset)
     if rejects is not None:
         (dataset.path / "sheet-rejects.png").write_bytes(rejects)

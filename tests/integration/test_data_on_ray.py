@@ -74,6 +74,9 @@ def test_ingest_keeps_every_image_or_its_reason(made: shards.Shards) -> None:
     assert manifest.class_counts == {"train": (45, 45), "val": (52, 51)}
     (reject,) = pq.read_table(made.path / shards.REJECTS).to_pylist()
     assert (reject["image_id"], reject["class_name"], reject["reason"]) == ("train/dark/notes.txt", "dark", "format")
+    sheets = {path.name: imaging.probe(path.read_bytes()) for path in made.path.glob("sheet-*.png")}
+    assert sheets.keys() == {"sheet-train.png", "sheet-val.png", "sheet-rejects.png"}
+    assert sheets["sheet-train.png"][1] == 8 * (128 + 6) + 6  # four of each class
     rows = [row for shard in manifest.shards for row in pq.read_table(made.path / shard.name).to_pylist()]
     assert len({row["image_id"] for row in rows}) == NUM_TRAIN + NUM_VAL
     for row in rows:

@@ -65,6 +65,12 @@ def coloured(*items: tuple[tuple[int, int, int], int]) -> list[dict[str, Any]]:
     return [{"image": imaging.encode_png(plain(colour)), "label": label} for colour, label in items]
 
 
+def page(source: shards.Shards, **options: Any) -> UInt8Array:
+    """The only page of a dataset."""
+    (png,) = sheet.of_dataset(source, "train", **options)
+    return imaging.decode(png)
+
+
 def test_sheet_puts_tiles_in_rows() -> None:
     tiles = [Tile(plain(colour), "") for colour in (RED, GREEN, BLUE)]
     image = drawn(*tiles, columns=2, tile_px=64)
@@ -145,17 +151,32 @@ def test_tile_without_an_image_is_grey_with_its_message() -> None:
 
 def test_of_dataset_shows_each_class_as_often_as_asked(tmp_path: Path) -> None:
     source = make(tmp_path / "d", coloured(*[(RED, 0)] * 9, *[(GREEN, 2)] * 2))
-    image = imaging.decode(sheet.of_dataset(source, "train", per_class=3, tile_px=40))
+    image = page(source, per_class=3, tile_px=40)
     size = image.shape[0] * image.shape[1] / 40**2
     assert (round(share(image, RED) * size), round(share(image, GREEN) * size)) == (3, 2)
-    one = imaging.decode(sheet.of_dataset(source, "train", per_class=2, max_classes=1, tile_px=40))
-    assert (share(one, RED) > 0) != (share(one, GREEN) > 0)
+
+
+def test_of_dataset_of_many_classes_has_pages_of_whole_classes_and_bounded_work(tmp_path: Path) -> None:
+    colours = [(200, 10 * label, 0) for label in range(25)]
+    made = make(tmp_path / "d", coloured(*((colour, label) for label, colour in enumerate(colours)), *[(BLUE, 7)] * 9))
+    of_25, of_1000 = (
+        dataclasses.replace(made, manifest=made.manifest.model_copy(update={"classes": ("c",) * count}))
+        for count in (25, 1000)
+    )
+    first, second = map(imaging.decode, sheet.of_dataset(of_25, "train", tile_px=16))  # of 20 classes and of 5
+    early, late = ([label for label in range(25) if share(image, colours[label])] for image in (first, second))
+    assert (set(range(20)) - {7} <= set(early) <= set(range(20)), late) == (True, list(range(20, 25)))
+    tile = 16**2 / (first.shape[0] * first.shape[1])
+    assert round((share(first, BLUE) + share(first, colours[7])) / tile) == 4
+    image = page(of_1000, tile_px=16)  # 2,000 pictures would be two of each class
+    tile = 16**2 / (image.shape[0] * image.shape[1])
+    assert round((share(image, BLUE) + share(image, colours[7])) / tile) == 2
 
 
 def test_of_dataset_is_a_function_of_the_seed(tmp_path: Path) -> None:
     shades = [((20 * number, 255 - 20 * number, 128), 0) for number in range(12)]
     source = make(tmp_path / "d", coloured(*shades))
-    sheets = [sheet.of_dataset(source, "train", per_class=2, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    sheets = [next(sheet.of_dataset(source, "train", per_class=2, seed=seed)) for seed in (0, 0, 1, 2, 3)]
     assert sheets[0] == sheets[1]
     assert len(set(sheets)) > 1
 
@@ -169,7 +190,7 @@ def test_of_dataset_without_image_classes_draws_boxes_of_the_original_and_masks(
     }
     png = imaging.encode_png(plain((0, 0, 0)))
     source = make(tmp_path / "d", [{"image": png} | size | objects, {"image": png, "mask": imaging.encode_mask(mask)}])
-    image = imaging.decode(sheet.of_dataset(source, "train", tile_px=40))
+    image = page(source, tile_px=40)
     left, right = (image[GAP_PX : GAP_PX + 80, at : at + 80] for at in (GAP_PX, 2 * GAP_PX + 80))
     rows, columns = np.nonzero((left == colour_of(2)).all(axis=2))
     assert (rows.max(), columns.max()) == (79, 79)
@@ -181,12 +202,12 @@ def test_of_dataset_without_image_classes_draws_boxes_of_the_original_and_masks(
 
 def test_of_dataset_shows_what_does_not_decode_as_grey(tmp_path: Path) -> None:
     source = make(tmp_path / "d", [{"image": b"no image", "label": 0}, {"image": None, "label": 7}])
-    assert share(imaging.decode(sheet.of_dataset(source, "train")), GREY) > 0.3
+    assert share(page(source), GREY) > 0.3
 
 
 def test_of_dataset_of_an_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no split 'val'"):
-        sheet.of_dataset(make(tmp_path / "d", coloured((RED, 0))), "val")
+        next(sheet.of_dataset(make(tmp_path / "d", coloured((RED, 0))), "val"))
 
 
 def reject(uri: Path, reason: str) -> dict[str, str]:
@@ -239,6 +260,6 @@ def test_of_rejects_that_cannot_be_read_says_where(tmp_path: Path) -> None:
 def test_sheets_of_real_photographs_are_made(real_data: Path, tmp_path: Path) -> None:
     paths = sorted((real_data / "clothing10" / "val" / "hat").glob("*.jpg"))[:6]
     rows = [{"image": path.read_bytes(), "label": 1} for path in paths]
-    height, width = imaging.probe(sheet.of_dataset(make(tmp_path / "d", rows), "train", per_class=6))
+    height, width = page(make(tmp_path / "d", rows), per_class=6).shape[:2]
     assert width == 6 * (128 + GAP_PX) + GAP_PX
     assert height <= 128 + 28 + 2 * GAP_PX
