@@ -69,6 +69,7 @@ class Reject(Strict):
     class_name: str
     reason: str
     message: str
+    byte_range: tuple[int, int] | None = None
 
 
 class Made(Strict):
@@ -342,4 +343,5 @@ def _reject(record: Record, label: int | None, reason: str, message: str) -> Rej
         class_name="" if label is None else str(label),
         reason=reason,
         message=message,
+        byte_range=record.byte_range,
     )

@@ -48,7 +48,10 @@ SCHEMA = pa.schema(
     ]
 )
 REJECT_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("image_id", "uri", "split", "class_name", "reason", "message")]
+    [
+        *((name, pa.string()) for name in ("image_id", "uri", "split", "class_name", "reason", "message")),
+        ("byte_range", pa.list_(pa.int64())),  # (offset, length) of the image in its file; null: all of it
+    ]
 )
 
 

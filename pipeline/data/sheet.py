@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ _DETAIL_PX = 256  # of the short side, at least: larger pictures may be decoded 
 _PERMISSIVE = imaging.Decoding(
     formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"), max_pixels=50_000_000, max_side=65_535
 )
-_MAX_READ_BYTES = 64 << 20
+_MAX_READ_BYTES = 64 << 20  # of a longer file, or part of a tar
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\u024f\u2010-\u2026]")  # what the font has
 
 
@@ -188,19 +189,21 @@ def _name(manifest: shards.Manifest, label: int | None) -> str:
     return manifest.classes[label] if 0 <= label < len(manifest.classes) else f"class {label}?"
 
 
-def _rejects(path: Path) -> list[dict[str, str]]:
+def _rejects(path: Path) -> list[dict[str, Any]]:
     try:
-        found: list[dict[str, str]] = pq.read_table(path, schema=shards.REJECT_SCHEMA).to_pylist()
+        found: list[dict[str, Any]] = pq.read_table(path, schema=shards.REJECT_SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}; run jobs.preprocess") from None
     return found
 
 
-def _reject_tile(row: dict[str, str]) -> Tile:
+def _reject_tile(row: dict[str, Any]) -> Tile:
     caption = f"{row['reason']} {row['class_name']}\n{row['image_id']}"
+    offset, length = row["byte_range"] or (0, _MAX_READ_BYTES)
     try:
         with storage.open_input(row["uri"]) as file:
-            data = file.read(_MAX_READ_BYTES)
+            file.seek(min(offset, file.seek(0, os.SEEK_END)))  # pyarrow refuses to go beyond the end
+            data = file.read(min(length, _MAX_READ_BYTES))
         return Tile(_rgb(imaging.decode(data, _PERMISSIVE, min_short=_DETAIL_PX)), caption)
     except (OSError, ImageError):
         return Tile(None, caption, message=row["message"])

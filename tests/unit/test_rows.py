@@ -334,7 +334,9 @@ def test_a_part_of_a_file_is_an_image_and_a_part_beyond_its_end_is_not(tmp_path:
     ]
     made = make_shard(tmp_path / "a.parquet", "val", records, Config())
     assert [row["image"] for row in stored(tmp_path)] == [first, second]
-    assert [(reject.image_id, reject.reason) for reject in made.rejects] == [("val/2", "unreadable")]
+    (reject,) = made.rejects
+    assert (reject.image_id, reject.reason, reject.byte_range) == ("val/2", "unreadable", ranges[2])
+    assert Made.model_validate_json(made.model_dump_json(), strict=True) == made
 
 
 def test_a_shard_without_any_good_image_is_not_written(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def share(image: UInt8Array, colour: tuple[int, int, int]) -> float:
     return float((image == colour).all(axis=2).mean())
 
 
-def make(path: Path, rows: list[dict[str, Any]], rejects: list[dict[str, str]] | None = None) -> shards.Shards:
+def make(path: Path, rows: list[dict[str, Any]], rejects: list[dict[str, Any]] | None = None) -> shards.Shards:
     """A dataset of one shard in row groups of 4; rows need an image and what differs from the rest."""
     path.mkdir()
     with shards.Writer(path / "train-00000.parquet", "train", 4) as writer:
@@ -210,9 +210,9 @@ def test_of_dataset_of_an_unknown_split_is_refused(tmp_path: Path) -> None:
         next(sheet.of_dataset(make(tmp_path / "d", coloured((RED, 0))), "val"))
 
 
-def reject(uri: Path, reason: str) -> dict[str, str]:
+def reject(uri: Path, reason: str, **more: Any) -> dict[str, Any]:
     text = {"image_id": uri.name, "uri": str(uri), "reason": reason, "message": f"{uri}: {reason}"}
-    return text | {"split": "train", "class_name": "cat"}
+    return text | {"split": "train", "class_name": "cat"} | more
 
 
 def test_of_rejects_shows_what_can_be_shown_and_says_the_rest(tmp_path: Path) -> None:
@@ -225,6 +225,19 @@ def test_of_rejects_shows_what_can_be_shown_and_says_the_rest(tmp_path: Path) ->
     image = imaging.decode(made)
     assert image.shape[1] == 4 * (128 + GAP_PX) + GAP_PX
     assert 0.5 < share(image, GREY) / (3 * share(image, BLUE)) < 1
+
+
+def test_of_rejects_in_a_tar_reads_each_by_its_bytes(tmp_path: Path) -> None:
+    tar, images = tmp_path / "all.tar", [bmp_of(plain(colour)) for colour in (RED, GREEN)]
+    tar.write_bytes(bytes(512) + b"".join(images))
+    size = len(images[0])
+    ranges = [(512, size), (512 + size, size), (0, 512), (10**9, 5)]  # the last two are no picture
+    rejects = [reject(tar, "format", byte_range=found) for found in ranges]
+    made = sheet.of_rejects(make(tmp_path / "d", coloured((BLUE, 0)), rejects))
+    assert made is not None
+    image = imaging.decode(made)
+    assert share(image, RED) == share(image, GREEN) > 0
+    assert 0.8 < share(image, GREY) / (2 * share(image, RED)) < 1
 
 
 def bmp_of(image: npt.NDArray[np.uint8]) -> bytes:
