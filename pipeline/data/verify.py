@@ -6,10 +6,11 @@ and of its original bytes, two difference hashes. The driver puts these side by 
 there twice.
 
 - **Errors** (a job ends with 3): a shard that is missing, changed, unreadable, of other columns or row counts than the
-  manifest's; labels outside the class list and counts that differ from the manifest's; pictures that do not decode, or
-  to another size than recorded, or whose sha256 is not the recorded one; boxes outside the image, without area or not
-  finite; lists of unequal length; masks of another size or with values that are no class; an image id that is there
-  twice; the same file in two splits, because then a test measures memory.
+  manifest's; a class list that is another one in the manifest of another version; labels outside the class list and
+  counts that differ from the manifest's; pictures that do not decode, or to another size than recorded, or whose
+  sha256 is not the recorded one; boxes outside the image, without area or not finite; lists of unequal length; masks of
+  another size or with values that are no class; an image id that is there twice; the same file in two splits, because
+  then a test measures memory.
 - **Warnings** (reported, errors only where `strict`): the same file twice in a split; near-duplicates within and across
   splits; files that the manifest does not name.
 
@@ -26,6 +27,7 @@ Left out: repairing anything, and the manifest's `digest`, which the checks of e
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pickle
 import re
 from collections import Counter
@@ -306,7 +308,9 @@ def _histogram(labels: Sequence[int | None], num_classes: int) -> Int64Array:
 
 def _check_folder(source: shards.Shards, findings: Findings) -> None:
     """Compare what lies in the folder with what the manifest, or that of another version, names."""
-    known = {name for manifest in (source.manifest, *_other_versions(source)) for name in _named(manifest)}
+    others = dict(_other_versions(source))
+    _check_class_lists(source.manifest, others, findings)
+    known = {name for manifest in (source.manifest, *others.values()) for name in _named(manifest)}
     for path in sorted(source.path.iterdir()):
         if path.name not in known and not _OWN_FILES.fullmatch(path.name):
             findings.add("stray_file", f"{path.name}: no manifest names it")
@@ -327,13 +331,23 @@ def _named(manifest: shards.Manifest) -> tuple[str, ...]:
     return (*(shard.name for shard in manifest.shards), *manifest.rejects)
 
 
-def _other_versions(source: shards.Shards) -> Iterator[shards.Manifest]:
-    """The manifests of all versions that can be read; what only the others name is not amiss."""
-    for path in source.path.glob("manifest*.json"):
+def _other_versions(source: shards.Shards) -> Iterator[tuple[str, shards.Manifest]]:
+    """The manifests of all versions that can be read, by file; what only the others name is not amiss."""
+    for path in sorted(source.path.glob("manifest*.json")):
         try:
-            yield shards.Manifest.model_validate_json(path.read_bytes(), strict=True)
+            yield path.name, shards.Manifest.model_validate_json(path.read_bytes(), strict=True)
         except (OSError, ValidationError):
             continue  # then the files that it names are strays
+
+
+def _check_class_lists(manifest: shards.Manifest, others: Mapping[str, shards.Manifest], findings: Findings) -> None:
+    """One finding for each other list of classes, also a longer one: what is added to a dataset brings no class."""
+    for theirs, name in {other.classes: name for name, other in others.items()}.items():
+        pairs = enumerate(itertools.zip_longest(manifest.classes, theirs))
+        odd = next(((label, mine, other) for label, (mine, other) in pairs if mine != other), None)
+        if odd is not None:
+            label, mine, other = odd
+            findings.add("class_list", f"label {label} is {mine!r} here and {other!r} in {name}")
 
 
 def _check_counts(manifest: shards.Manifest, facts: Sequence[Facts], findings: Findings) -> None:

@@ -209,7 +209,28 @@ def test_verify_of_drifted_classes_names_the_class(sound: shards.Shards) -> None
         "split 'train', class 'dog': 0, in the manifest 7",
     ]
     assert look(changed(sound, class_counts={"train": (3, 3, 0), "val": (3, 0)})).counts == {"class_counts": 1}
+    (sound.path / shards.MANIFEST).unlink()  # with other classes than the next one
     assert look(changed(sound, classes=("cat", "cat"))).counts == {"class_list": 1}
+
+
+@pytest.mark.parametrize(
+    ("older", "sentence"),
+    [
+        (("dog", "cat"), "label 0 is 'cat' here and 'dog' in manifest-00001.json"),
+        (("cat", "fox"), "label 1 is 'dog' here and 'fox' in manifest-00001.json"),
+        (("cat",), "label 1 is 'dog' here and None in manifest-00001.json"),
+        (("cat", "dog", "emu"), "label 2 is None here and 'emu' in manifest-00001.json"),
+        (("cat", "dog"), ""),
+    ],
+)
+def test_verify_of_classes_that_another_version_has_not_says_where_they_part(
+    sound: shards.Shards, older: tuple[str, ...], sentence: str
+) -> None:
+    other = sound.manifest.model_copy(update={"classes": older})
+    (sound.path / shards.version_name(1)).write_text(other.model_dump_json())
+    report = look(changed(sound, version=2))
+    assert [found.message for found in report.examples] == [sentence] * bool(sentence)
+    assert report.counts == ({"class_list": 1} if sentence else {})
 
 
 def test_verify_counts_rejects_and_strays_and_knows_other_versions(sound: shards.Shards) -> None:
