@@ -125,6 +125,9 @@ def _figures(found: Contrast, gate: Gate, ours: Trial, seeds: tuple[list[float],
     witnesses = f"McNemar {probability(found.mcnemar_p)}, bootstrap {probability(found.images.p)}"
     if seeds and found.seeds_p is not None:
         witnesses += f", {len(seeds[0])} against {len(seeds[1])} seeds {probability(found.seeds_p)}"
+        means = [sum(side) / len(side) for side in seeds]
+        if means[0] < means[1]:
+            witnesses += f", for their means, {percent(means[0])} and {percent(means[1])}, say the opposite"
     return (
         f"{NAMES[gate.metric]} on {gate.split} is {percent(better.mean(gate.metric))} against "
         f"{percent(other.mean(gate.metric))} of {other.name}, {points(found.difference)} better where at least "

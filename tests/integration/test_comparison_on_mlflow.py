@@ -216,6 +216,28 @@ def test_gate_between_seeds_of_one_recipe_asks_the_images_only(zoo: Zoo) -> None
     assert gate.decide(zoo.uri, better, None, Gate()).holds
 
 
+def test_gate_of_the_lucky_seed_of_a_worse_recipe_does_not_hold(
+    zoo: Zoo, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    """The images say that the candidate is better, its recipe's seeds that it was luck."""
+    wrongs = {("lucky", 0): 80, ("lucky", 1): 81, ("lucky", 2): 79, ("lucky", 3): 40}
+    wrongs |= {("steady", 0): 60, ("steady", 1): 61, ("steady", 2): 59}
+    made = {key: leave_a_run(zoo.uri, stripes, tmp_path, *key, range(wrong)) for key, wrong in wrongs.items()}
+    try:
+        candidate, holder = (
+            registry.Version(MODEL, number, made[key], "", "", weights_sha256=f"weights of {key[0]} {key[1]}")
+            for number, key in (("11", ("lucky", 3)), ("10", ("steady", 0)))
+        )
+        found = gate.decide(zoo.uri, candidate, holder, Gate())
+        assert not found.holds
+        assert "5.13 points better" in found.reason
+        assert "p = 1 where less than 0.05 is asked" in found.reason
+        assert "4 against 3 seeds 1, for their means, 82.05 % and 84.62 %, say the opposite" in found.reason
+    finally:
+        for run_id in made.values():
+            zoo.client.delete_run(run_id)
+
+
 def test_gate_of_versions_on_different_data_or_without_evidence_does_not_hold(
     zoo: Zoo, stripes: shards.Shards, tmp_path: Path
 ) -> None:

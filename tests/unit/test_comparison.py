@@ -166,6 +166,18 @@ def test_judge_images_may_be_sure_where_seeds_are_not() -> None:
     assert "the seeds are the weaker witness" in found.sentence()
 
 
+def test_judge_a_witness_for_the_other_group_never_supports_the_leader() -> None:
+    """One lucky seed puts A ahead, over images too; but its typical run is worse than the only one of B."""
+    lucky = [trial(f"a-s{seed}", recipe("a", seed), range(wrong)) for seed, wrong in enumerate((70, 66, 20))]
+    found = judge(groups.by_recipe([*lucky, trial("b", recipe("b", 0), range(64))])[0])
+    (contrast,) = found.contrasts
+    assert found.leader.name == "a"
+    assert contrast.images
+    assert contrast.images.p < 0.05
+    assert contrast.mcnemar_p == contrast.p == 1.0
+    assert found.champion is None
+
+
 def test_judge_single_runs_say_that_a_seed_might_object() -> None:
     found = judge(groups.by_recipe([trial("a", recipe("relu", 0), [1]), trial("b", recipe("tanh", 0), range(40))])[0])
     assert found.champion

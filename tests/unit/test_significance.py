@@ -24,22 +24,25 @@ def disagreeing(only_first: int, only_second: int, both: int = 20, neither: int 
     [
         (0, 0, 1.0),
         (3, 3, 1.0),
+        (2, 8, 1.0),  # never for the first, however sure the opposite
         (1, 0, 1.0),
-        (5, 0, 2 / 2**5),  # five heads in five throws, or five tails
+        (5, 0, 2 / 2**5),  # twice that of five heads in five throws
         (8, 2, 2 * (1 + 10 + 45) / 2**10),
     ],
 )
 def test_mcnemar_by_hand(only_first: int, only_second: int, p: float) -> None:
     first, second = disagreeing(only_first, only_second)
     assert mcnemar(first, second) == pytest.approx(p)
-    assert mcnemar(second, first) == pytest.approx(p)
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_mcnemar_is_the_binomial_test_of_the_disagreements(only_first: int, only_second: int) -> None:
+def test_mcnemar_is_twice_the_one_sided_binomial_test_of_the_disagreements(only_first: int, only_second: int) -> None:
     found = mcnemar(*disagreeing(only_first, only_second))
     both = only_first + only_second
-    assert found == pytest.approx(stats.binomtest(only_first, both).pvalue if both else 1.0)
+    one_sided = stats.binomtest(only_first, both, alternative="greater").pvalue if both else 1.0
+    assert found == pytest.approx(min(1.0, 2 * one_sided))
+    if only_first > only_second:
+        assert found == pytest.approx(stats.binomtest(only_first, both).pvalue)  # the usual two-sided one
 
 
 def test_bootstrap_interval_agrees_with_scipys() -> None:
@@ -56,12 +59,13 @@ def test_bootstrap_interval_agrees_with_scipys() -> None:
     assert found.p == pytest.approx(2 * stats.norm.sf(found.mean / error), abs=0.005)  # zero counts on both sides
 
 
-def test_bootstrap_is_seeded_symmetric_and_bounded() -> None:
+def test_bootstrap_is_seeded_and_bounded_and_never_for_the_worse() -> None:
     first, second = disagreeing(40, 20)
     differences = first.astype(float) - second
     assert bootstrap(differences) == bootstrap(differences)
     assert bootstrap(differences) != bootstrap(differences, seed=1)
-    assert bootstrap(-differences).mean == -bootstrap(differences).mean
+    opposite = bootstrap(-differences)
+    assert (opposite.mean, opposite.p) == (-bootstrap(differences).mean, 1.0)
     sure = bootstrap(np.ones(50))
     assert (sure.mean, sure.low, sure.high, sure.p) == (1.0, 1.0, 1.0, 2 / 10_001)
     assert bootstrap(np.zeros(50)).p == 1.0
@@ -79,14 +83,23 @@ def test_bootstrap_of_shares_of_seeds_resamples_images() -> None:
 def test_welch_agrees_with_scipy(sizes: tuple[int, int]) -> None:
     rng = np.random.default_rng(sum(sizes))
     first, second = rng.normal(0.9, 0.01, sizes[0]).tolist(), rng.normal(0.91, 0.03, sizes[1]).tolist()
-    assert welch(first, second) == pytest.approx(stats.ttest_ind(first, second, equal_var=False).pvalue)
-    assert welch(first, second) == welch(second, first)
+    better, worse = sorted((first, second), key=lambda values: -np.mean(values))
+    assert welch(better, worse) == pytest.approx(stats.ttest_ind(better, worse, equal_var=False).pvalue)
+    assert welch(worse, better) == 1.0
+
+
+def test_welch_by_hand() -> None:
+    """Means 3 and 1 of variance 1 each: t = sqrt(2) at 2 degrees of freedom, whose tails are 1 - t / sqrt(2 + t^2)."""
+    assert welch([2.0, 4.0], [0.0, 2.0]) == pytest.approx(1 - np.sqrt(2) / np.sqrt(2 + 2))
 
 
 def test_welch_of_one_seed_has_no_answer_and_of_none_that_vary_a_plain_one() -> None:
     assert welch([0.9], [0.8, 0.81]) is None
+    assert welch([], [0.8, 0.81]) is None
+    assert welch([0.8], [0.9, 0.91]) == 1.0  # that the first is behind needs no test
     assert welch([0.9, 0.9], [0.9, 0.9, 0.9]) == 1.0
     assert welch([0.9, 0.9], [0.8, 0.8]) == 0.0
+    assert welch([0.8, 0.8], [0.9, 0.9]) == 1.0
 
 
 def test_holm_by_hand() -> None:

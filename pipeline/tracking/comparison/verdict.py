@@ -1,7 +1,8 @@
 """Which group should be champion, and how sure we are: every other group against the one in the lead.
 
 A difference counts as real where both questions of `significance` say so: over images (the weaker of McNemar's test
-between the typical runs and the bootstrap over all seeds) and, where both sides have several, over seeds.
+between the typical runs and the bootstrap over all seeds) and, where both sides have several, over seeds. Each asks
+whether the first group is better: a test that favours the other group has p = 1.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Contrast:
         difference: how far the better one is ahead, by the metric.
         images: the same with its interval over images; None without predictions of both.
         mcnemar_p: of their typical runs.
-        seeds_p: None where a side has a single seed.
+        seeds_p: None where a side has a single seed, which cannot be tested.
         p: the weakest of all, raised for the number of contrasts made; None where images cannot testify.
     """
 
