@@ -31,7 +31,7 @@ class Config(Strict):
         alpha: how rarely a false alarm may happen, among all groups together.
         baseline: group or run that the best one is held against class by class and image by image; the second best by
             default.
-        mixed: show runs that were evaluated on different data side by side, without any test.
+        mixed: show runs that were evaluated on different or unknown data side by side, without any test.
         max_pictures: of each kind of change.
     """
 

@@ -96,7 +96,7 @@ def decide(uri: str, candidate: Version, holder: Version | None, gate: Gate) -> 
         return Decision(True, "it holds the alias already")
     mine, theirs = (evidence.of_version(uri, each, gate.split) for each in (candidate, holder))
     said = [_image_by_image(*each, gate.split) for each in ((candidate, mine), (holder, theirs))]
-    pair = next(((ours, other) for ours in said[0] for other in said[1] if ours.digest == other.digest), None)
+    pair = next(((ours, other) for ours in said[0] for other in said[1] if ours.digest == other.digest != ""), None)
     if pair is None:
         return Decision(False, _no_pair((candidate, holder), said, gate.split))
     ours, other = (evidence.complete(uri, trial) for trial in pair)
@@ -149,7 +149,7 @@ def _no_pair(versions: tuple[Version, Version], said: Sequence[Sequence[Trial]],
                 f"{_name(version)} was never evaluated image by image on '{split}'; run python -m jobs.evaluate "
                 f"model={_name(version)} split={split} shards=... first"
             )
-    data = [", ".join(sorted({trial.digest[:12] for trial in trials})) for trials in said]
+    data = [", ".join(sorted({trial.digest[:12] or "unknown" for trial in trials})) for trials in said]
     return (
         f"it was evaluated on data {data[0]}, but {_name(versions[1])} on {data[1]}; evaluate both on the same shards "
         "with jobs.evaluate"

@@ -203,7 +203,7 @@ def test_judge_runs_of_different_data_are_refused_or_shown_untested() -> None:
     trials = two_recipes(60)
     trials[0] = replace(trials[0], digest="e" * 64)
     with pytest.raises(
-        DataError, match=r"different datasets \(e{12}: net-tanh-s0; d{12}: .*compare runs of one dataset"
+        DataError, match=r"2 different datasets \(e{12}: net-tanh-s0; d{12}: .*compare runs of one known"
     ):
         judge(groups.by_recipe(trials)[0])
     mixed = conclude("", trials, Config(mixed=True))
@@ -211,6 +211,17 @@ def test_judge_runs_of_different_data_are_refused_or_shown_untested() -> None:
     assert mixed.verdict.contrasts[0].p is None
     assert mixed.verdict.sentence().startswith("Nothing can be said about a champion")
     assert mixed.pair is None
+
+
+def test_judge_runs_of_unknown_data_are_refused_too() -> None:
+    """That none of them says what it was evaluated on does not make it the same."""
+    unknown = [replace(trial(name, recipe(name, 0), None), digest="") for name in "ab"]
+    with pytest.raises(DataError, match=r"evaluated on unknown data \(unknown data: a and b\)"):
+        judge(groups.by_recipe(unknown)[0])
+    with pytest.raises(DataError, match=r"2 different datasets \(unknown data: a; d{12}: c\)"):
+        judge(groups.by_recipe([unknown[0], trial("c", recipe("c", 0), [1])])[0])
+    assert judge(groups.by_recipe(unknown)[0], mixed=True).comparable is False
+    assert judge(groups.by_recipe(unknown[:1])[0]).sentence().startswith("Only a is here")
 
 
 def test_judge_runs_without_predictions_cannot_tell_how_sure() -> None:

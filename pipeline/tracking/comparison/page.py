@@ -86,7 +86,7 @@ def _answer(verdict: Verdict, notes: Sequence[str]) -> str:
     )  # fmt: skip
     facts = f"{data}split {first.split}, data {first.digest[:12] or 'unknown'}; decided by {NAMES[verdict.metric]}."
     if not verdict.comparable:
-        kind, facts = "refused", "The runs were evaluated on different data: see the list of runs."
+        kind, facts = "refused", "The runs were evaluated on different or unknown data: see the list of runs."
     sentence = escape(verdict.sentence()).replace(" %", "&nbsp;%")
     lines = "".join(f'<p class="small">{escape(note)}</p>' for note in notes)
     return f'<section class="answer {kind}"><h1>{sentence}</h1><p class="small">{escape(facts)}</p>{lines}</section>\n'

@@ -80,7 +80,7 @@ class Verdict:
     Attributes:
         ranked: all groups, best first.
         contrasts: of each other group with the first, in that order.
-        comparable: whether all were evaluated on the same data.
+        comparable: whether all were evaluated on the same data, and say so.
     """
 
     metric: Metric
@@ -108,8 +108,8 @@ class Verdict:
             return f"Only {leader.name} is here ({value}): there is nothing to choose between."
         if not self.comparable:
             return (
-                f"Nothing can be said about a champion: the groups were evaluated on different data, so that "
-                f"{leader.name}'s {value} and the others' values answer different questions."
+                f"Nothing can be said about a champion: the groups were evaluated on different or unknown data, so "
+                f"that {leader.name}'s {value} and the others' values may answer different questions."
             )
         closest = max(self.contrasts, key=lambda each: (each.p is None, each.p or 0.0))
         gap = f"{points(closest.difference)} above {closest.other.name}{_interval(closest)}"
@@ -138,10 +138,10 @@ def judge(groups: Sequence[Group], metric: Metric = "top1", alpha: float = ALPHA
         groups: at least one.
         metric: that decides.
         alpha: share of false alarms that is accepted among all contrasts together.
-        mixed: go on where groups were evaluated on different data; nothing is tested then.
+        mixed: go on where groups were evaluated on different or unknown data; nothing is tested then.
 
     Raises:
-        DataError: the data differ and `mixed` is not set.
+        DataError: the data differ or are unknown, and `mixed` is not set.
     """
     comparable = _check_data([trial for group in groups for trial in group.trials], mixed=mixed)
     ranked = sorted(groups, key=lambda group: -group.mean(metric))
@@ -235,13 +235,14 @@ def _check_data(trials: Sequence[Trial], *, mixed: bool) -> bool:
     by_digest: dict[str, list[str]] = {}
     for trial in trials:
         by_digest.setdefault(trial.digest, []).append(trial.name)
-    if len(by_digest) == 1:
+    if len(trials) == 1 or (len(by_digest) == 1 and "" not in by_digest):
         return True
     if not mixed:
         told = "; ".join(f"{digest[:12] or 'unknown data'}: {_listed(names)}" for digest, names in by_digest.items())
+        several = "unknown data" if len(by_digest) == 1 else f"{len(by_digest)} different datasets"
         raise DataError(
-            f"the runs were evaluated on {len(by_digest)} different datasets ({told}), so that their metrics answer "
-            "different questions; compare runs of one dataset, or set mixed=true to see them side by side untested"
+            f"the runs were evaluated on {several} ({told}), so that their metrics may answer different questions; "
+            "compare runs of one known dataset, or set mixed=true to see them side by side untested"
         )
     return False
 
