@@ -134,7 +134,8 @@ class _Teller:
         measured = {key: value for key, value in epoch.metrics.items() if key.startswith("val/")}
         self._writer.checkpoint(name, step, {"path": f"{self._store.folder}/{name}", "kept": "true"})
         self._kept.add(step)
-        self._writer.metrics({key: epoch.metrics[key] for key in epoch.metrics if key not in measured}, step)
+        others = {key: epoch.metrics[key] for key in epoch.metrics if key not in measured}
+        self._writer.metrics(others | {"epoch_s": epoch.seconds}, step)
         self._writer.metrics(measured, step, checkpoint=name, dataset=self._measured_on)
         self._writer.sync()
 

@@ -70,7 +70,7 @@ def leave_a_run(
         run.log_dataset("stripes", digest or source.manifest.digest, str(source.path), "val")
         for epoch in range(1, 4):
             values = {"train/loss": 1 / epoch, "val/top1": 1 - len(wrong) / 390 / epoch, "images_per_s": 100.0 * epoch}
-            run.log_metrics(values, step=epoch)
+            run.log_metrics(values | {"epoch_s": 3600.0 * epoch}, step=epoch)
         evaluation(source, wrong, f"weights of {recipe} {seed}", digest).record(run, folder / f"{recipe}{seed}.json")
     return run.id
 
@@ -129,6 +129,7 @@ def test_compare_runs_models_and_aliases_name_the_same_evidence(zoo: Zoo) -> Non
     trial = by_run.verdict.leader.trials[0]
     assert trial.curves["train/loss"] == ((1, 1.0), (2, 0.5), (3, 1 / 3))
     assert trial.metrics["final/val/top1"] == pytest.approx(trial.value("top1"))
+    assert trial.seconds == 6 * 3600  # as its epochs say, not the moment from its start to its end
 
 
 def test_compare_unknown_things_are_named(zoo: Zoo) -> None:

@@ -25,6 +25,7 @@ TOP: dict[Metric, int] = {"top1": 1, "top5": 5}
 
 CURVES = ("train/loss", "val/loss", "val/top1")
 SPEED = ("images_per_s", "data_wait_share")
+SECONDS = "epoch_s"
 PAGE = 1000  # runs in one answer of the server
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _MODEL = re.compile(r"models:/.*|[^/@]+@[^/@]+|[^/@]+/\d+")
@@ -38,10 +39,11 @@ class Trial:
 
     Attributes:
         url: its page, for people.
-        seconds: from its start to its end.
+        seconds: of training, summed over its epochs, so without the time that it lay still before it was resumed; from
+            its start to its end where it did not log them.
         digest: of the dataset that it was evaluated on, "" where the run does not say.
         source: where that dataset's shards were, "" where unknown.
-        curves: (step, value) by metric, for those of `CURVES` and `SPEED` that it has.
+        curves: (step, value) by metric, for those of `CURVES`, `SPEED` and `SECONDS` that it has.
         predictions: what it said of every image, where it logged that.
         version: the registered version that it was asked for as, for example `digits/3`.
     """
@@ -127,10 +129,11 @@ def finished(uri: str, experiment_id: str, split: Split) -> list[Trial]:
 def complete(uri: str, trial: Trial) -> Trial:
     """The same with its curves and predictions."""
     with connection.answers(uri) as client:
-        curves = {key: _curve(client, trial.id, key) for key in (*CURVES, *SPEED) if key in trial.metrics}
+        curves = {key: _curve(client, trial.id, key) for key in (*CURVES, *SPEED, SECONDS) if key in trial.metrics}
         said = _predictions(client, trial.id, trial.split)
     digest = trial.digest if said is None else said.origin.dataset_digest
-    return replace(trial, curves=curves, predictions=said, digest=digest)
+    trained_s = sum(value for _, value in curves.get(SECONDS, ()))
+    return replace(trial, curves=curves, predictions=said, digest=digest, seconds=trained_s or trial.seconds)
 
 
 def _of_reference(uri: str, reference: str, split: Split) -> list[Trial]:
