@@ -131,6 +131,19 @@ def test_differences_name_parameters_and_commits_that_are_not_the_same() -> None
     }
 
 
+def test_a_run_that_was_resumed_with_another_value_is_a_recipe_of_its_own() -> None:
+    params = {"recipe.optim.lr": "0.1", "resume": "False"}
+    plain, changed = (trial(f"net-s{seed}", recipe("relu", seed, **params), [1]) for seed in (0, 1))
+    tags = {groups.COMMIT: "abc", "resumed.recipe.optim.lr": "0.01", "resumed.host": "there", "resumed.resume": "True"}
+    found, _ = groups.by_recipe([plain, replace(changed, tags=tags)])
+    assert len(found) == 2
+    assert [(row.key, row.values) for row in groups.differences(found)] == [
+        ("recipe.optim.lr", ("0.1", "0.1, then 0.01"))
+    ]
+    only_resumed = {key: value for key, value in tags.items() if key != "resumed.recipe.optim.lr"}
+    assert len(groups.by_recipe([plain, replace(changed, tags=only_resumed)])[0]) == 1
+
+
 # ---- the verdict
 
 

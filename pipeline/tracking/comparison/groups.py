@@ -100,7 +100,13 @@ def recipe(trial: Trial) -> object:
     """What two runs must share to be of one group. A run without a seed (an evaluation) shares it with none."""
     if not _seeds(trial.params):
         return trial.id
-    return frozenset((key, value) for key, value in trial.params.items() if _decides(key))
+    return frozenset((key, value) for key, value in params(trial).items() if _decides(key))
+
+
+def params(trial: Trial) -> dict[str, str]:
+    """The parameters of a run; of one that was resumed with another value both: `0.1, then 0.01`."""
+    later = {key: trial.tags.get(f"resumed.{key}", value) for key, value in trial.params.items()}
+    return {key: value if later[key] == value else f"{value}, then {later[key]}" for key, value in trial.params.items()}
 
 
 def seed(trial: Trial) -> str:
@@ -110,14 +116,14 @@ def seed(trial: Trial) -> str:
 
 def differences(groups: Sequence[Group]) -> list[Difference]:
     """The parameters, and the commit, that differ between groups; those of the seed and of bookkeeping are left out."""
-    params = [_described(group) for group in groups]
-    keys = sorted({key for described in params for key in described})
-    rows = [Difference(key, tuple(described.get(key, NONE) for described in params)) for key in keys]
+    told = [_described(group) for group in groups]
+    keys = sorted({key for described in told for key in described})
+    rows = [Difference(key, tuple(described.get(key, NONE) for described in told)) for key in keys]
     return [row for row in rows if len(set(row.values)) > 1]
 
 
 def _described(group: Group) -> dict[str, str]:
-    first = group.trials[0].params
+    first = params(group.trials[0])
     commits = sorted({trial.tags.get(COMMIT, "unknown")[:8] for trial in group.trials})
     return {key: value for key, value in first.items() if _decides(key)} | {"commit": ", ".join(commits)}
 

@@ -223,9 +223,9 @@ def _gallery(title: str, kind: str, rows: Sequence[int], total: int, wrong: Tria
 def _cost(ranked: Sequence[Group]) -> str:
     rows = []
     for group in ranked:
-        workers = {trial.params.get("cluster.num_workers", NONE) for trial in group.trials}
+        workers = {groups.params(trial).get("cluster.num_workers", NONE) for trial in group.trials}
         seconds = float(np.mean([trial.seconds for trial in group.trials]))
-        known = len(workers) == 1 and min(workers).isdecimal()  # evaluations have none, elastic runs a range
+        known = len(workers) == 1 and min(workers).isdecimal()  # evaluations have none, resumed runs may have two
         kind = "GPU" if group.trials[0].params.get("cluster.gpu") == "true" else "CPU"
         speed, waits = group.averaged("images_per_s"), group.averaged("data_wait_share")
         hosts = sorted({trial.tags.get("host", NONE) for trial in group.trials})
