@@ -95,6 +95,17 @@ def test_by_recipe_runs_that_differ_in_seed_and_bookkeeping_are_one_group() -> N
     assert (found[0].typical("top1").name, found[0].best("top1").name) == ("net-relu-s1", "net-relu-s0")
 
 
+def test_by_recipe_what_cannot_change_a_result_makes_no_recipe() -> None:
+    base = {"cluster.num_workers": "2", "cluster.max_failures": "1", "checkpoints.every_s": "300", "evaluate": "[val]"}
+    kept = {"cluster.max_failures": "9", "checkpoints.every_steps": "10", "evaluate": "[val, test]"}
+    first, second = (
+        trial(f"r{seed}", recipe("relu", seed, **params), [1]) for seed, params in enumerate((base, base | kept))
+    )
+    assert len(groups.by_recipe([first, second])[0]) == 1
+    wider = trial("r2", recipe("relu", 2, **base | {"cluster.num_workers": "4"}), [1])  # another batch
+    assert len(groups.by_recipe([first, second, wider])[0]) == 2
+
+
 def test_by_recipe_same_seed_again_keeps_the_later_run_and_says_so() -> None:
     first, second = (trial(name, recipe("relu", 0), [1], start) for name, start in (("old", 1), ("new", 2)))
     found, notes = groups.by_recipe([second, first])

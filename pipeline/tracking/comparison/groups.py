@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from pipeline.tracking.comparison.evidence import TOP, Metric, Trial
 
-ADMINISTRATIVE = ("tracking", "register_as", "resume", "storage", "data_root", "report")
-"""Parts of a configuration that say where results go, not what they are."""
+ADMINISTRATIVE = (
+    *("tracking", "register_as", "resume", "storage", "data_root", "report"),
+    *("checkpoints", "cluster.max_failures", "evaluate"),
+)
+"""Parts of a configuration that say where results go and what is kept, not what they are."""
 COMMIT = "mlflow.source.git.commit"
 NONE = "\u2013"
 
@@ -130,7 +133,8 @@ def _described(group: Group) -> dict[str, str]:
 
 def _decides(key: str) -> bool:
     """Whether a parameter can change a result."""
-    return key.split(".", maxsplit=1)[0] not in ADMINISTRATIVE and key.rsplit(".", maxsplit=1)[-1] != "seed"
+    is_administrative = any(key == part or key.startswith(f"{part}.") for part in ADMINISTRATIVE)
+    return not is_administrative and key.rsplit(".", maxsplit=1)[-1] != "seed"
 
 
 def _seeds(params: Mapping[str, str]) -> list[str]:
