@@ -150,7 +150,9 @@ def _checkpoint(client: MlflowClient, to: Destination, entries: list[journal.Che
 def _dataset(client: MlflowClient, to: Destination, entries: list[journal.Dataset]) -> None:
     for entry in entries:
         source = CodeDatasetSource({"uri": entry.source})
-        made = MetaDataset(source, name=f"{entry.name}/{entry.context}", digest=entry.digest[:DIGEST_CHARS])
+        made = MetaDataset(
+            source, name=journal.input_name(entry.name, entry.context), digest=entry.digest[:DIGEST_CHARS]
+        )
         tags = [InputTag("mlflow.data.context", entry.context), InputTag("digest", entry.digest)]
         client.log_inputs(to.run_id, [DatasetInput(Dataset(**made.to_dict()), tags)])
 

@@ -45,7 +45,10 @@ _ORIGIN, _SHIPPED = "origin.json", "shipped.json"
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Values at a step, at a time (`ms`, since 1970), perhaps of one checkpoint on one dataset (name, digest)."""
+    """Values at a step, at a time (`ms`, since 1970), perhaps of one checkpoint on one dataset.
+
+    That is `input_name` and digest.
+    """
 
     kind: ClassVar[str] = "metrics"
     ms: int
@@ -174,7 +177,7 @@ class Writer:
 
         Args:
             checkpoint: whose figures these are; MLflow shows them with it.
-            dataset: name and digest of what they were measured on; MLflow compares checkpoints on one dataset.
+            dataset: `input_name` and digest of what they were measured on; MLflow compares checkpoints on one dataset.
         """
         plain = {key: float(value) for key, value in values.items()}
         self.append(Metrics(time.time_ns() // 1_000_000, step, plain, checkpoint, dataset))
@@ -245,6 +248,11 @@ class Seen:
             return False
         steps.add(entry.step)
         return True
+
+
+def input_name(dataset: str, context: str) -> str:
+    """What MLflow calls a dataset that was used for something, as an input and beside figures: `mnist/val`."""
+    return f"{dataset}/{context}"
 
 
 def encode(entry: Entry) -> bytes:

@@ -34,7 +34,7 @@ from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.tracking import connection
+from pipeline.tracking import connection, journal
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
 
@@ -89,7 +89,8 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
     """Register a bundle as the next version of `name`, with its figures; no alias moves.
 
     The version's tags carry the checksums and the card's provenance. If the provenance names a `dataset` and its
-    `dataset_digest`, the figures are tied to them, so that MLflow can rank models on exactly one evaluation set.
+    `dataset_digest`, the figures `val/...` are tied to them, so that MLflow can rank models on exactly one evaluation
+    set; its name is that of the run's input (`mnist/val`).
 
     Raises:
         ConfigError: the name does not suit.
@@ -252,14 +253,14 @@ def _requirements() -> list[str]:
 
 def _log_metrics(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:
     dataset, content = made.card.provenance.get("dataset"), made.card.provenance.get("dataset_digest")
-    known = (dataset, content[:DIGEST_CHARS]) if dataset and content else (None, None)
+    known = (journal.input_name(dataset, "val"), content[:DIGEST_CHARS]) if dataset and content else (None, None)
     now_ms = time.time_ns() // 1_000_000
-    # Under names of their own: the run's curves must not get a second point at step 0.
-    metrics = [
-        Metric(f"model/{key}", value, now_ms, 0, model_id, *known, run_id)
-        for key, value in made.card.metrics.items()
-        if math.isfinite(value)
-    ]
+    metrics = []
+    for key, value in made.card.metrics.items():
+        if math.isfinite(value):
+            measured_on = known if key.startswith("val/") else (None, None)
+            # Under names of their own: the run's curves must not get a second point at step 0.
+            metrics.append(Metric(f"model/{key}", value, now_ms, 0, model_id, *measured_on, run_id))
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     client.log_batch(run_id, metrics=metrics)
 

@@ -104,7 +104,7 @@ class _Teller:
 
     def __init__(self, assignment: Assignment, source: shards.Shards) -> None:
         self._store = assignment.checkpoints
-        self._measured_on = source.manifest.dataset, source.manifest.digest
+        self._measured_on = journal.input_name(source.manifest.dataset, "val"), source.manifest.digest
         self._writer: journal.Writer | None = None
         self._kept = set[int]()  # epochs whose checkpoint MLflow may believe to be there
         if assignment.is_tracked:

@@ -57,7 +57,12 @@ def make_bundle(path: Path, seed: int = 0) -> Bundle:
     config = models.config_of("lenet5").model_validate({"name": "lenet5"})
     origin = {"dataset": "digits", "dataset_digest": "c" * 64}
     return bundle.save(
-        path, models.build(config), config, classes=CLASSES, metrics={"val/top1": 0.25 + seed}, provenance=origin
+        path,
+        models.build(config),
+        config,
+        classes=CLASSES,
+        metrics={"val/top1": 0.25 + seed, "lr": 0.1},
+        provenance=origin,
     )
 
 
@@ -351,9 +356,11 @@ def test_publish_records_checksums_dataset_and_figures(published: Published, cli
     best = client.search_logged_models(
         [published.run.experiment_id],
         filter_string="metrics.`model/val/top1` > 1",
-        datasets=[{"dataset_name": "digits", "dataset_digest": "c" * 36}],
+        datasets=[{"dataset_name": "digits/val", "dataset_digest": "c" * 36}],
     )
     assert [model.source_run_id for model in best] == [published.run.id]
+    measured_on = {metric.key: metric.dataset_name for metric in best[0].metrics}
+    assert measured_on == {"model/val/top1": "digits/val", "model/lr": None}
     assert f"models:/{best[0].model_id}" == published.versions[1].source
     assert [output.model_id for output in client.get_run(published.run.id).outputs.model_outputs]
 

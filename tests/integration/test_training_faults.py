@@ -171,6 +171,21 @@ def test_job_that_is_stopped_and_then_killed_goes_on_when_it_is_resumed(
     assert len(shown) == RECIPE["epochs"]
     kept = {position.name for position in launch.store_of(folder).positions() if position.offset == 0}
     assert {name for name, is_kept in shown.items() if is_kept == "true"} == kept
+    (run,) = client.search_runs([experiment.experiment_id])
+    (best,) = client.search_logged_models(  # by the dataset as it is called among the run's inputs
+        [experiment.experiment_id],
+        datasets=[
+            {"dataset_name": item.dataset.name, "dataset_digest": item.dataset.digest}
+            for item in run.inputs.dataset_inputs
+            if item.dataset.name.endswith("/val")
+        ],
+        order_by=[{"field_name": "metrics.val/loss", "ascending": True}],
+        max_results=1,
+    )
+    assert "val/loss" in {metric.key for metric in best.metrics}
+    told_s = [point.value for point in client.get_metric_history(run.info.run_id, "epoch_s")]
+    assert len(told_s) == RECIPE["epochs"]
+    assert all(seconds > 0 for seconds in told_s)
 
     nowhere = {"address": "http://127.0.0.1:9"}
     gone = Service(**{**vars(ray_head), **nowhere})
