@@ -49,7 +49,9 @@ class Counts:
         return int(self.confusion.sum())
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy, mean recall over the classes that occur, and mean loss in nats.
+        """Top-1 and top-5 accuracy, mean recall over the classes that occur, macro-F1, and mean loss in nats.
+
+        Macro-F1 is the mean of F1 over the classes that occur or are predicted.
 
         Raises:
             DataError: nothing has been counted.
@@ -62,8 +64,16 @@ class Counts:
             "top1": float(self.confusion.trace() / self.num_images),
             f"top{TOP_K}": self.top_k / self.num_images,
             "mean_recall": float((self.confusion.diagonal()[seen] / per_class[seen]).mean()),
+            "macro_f1": float(self.f1()[seen | (self.confusion.sum(axis=0) > 0)].mean()),
             "loss": self.loss / self.num_images,
         }
+
+    def f1(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """F1 of each class, float64 [C]: the harmonic mean of recall and precision; 0 where none is right."""
+        found: np.ndarray[tuple[int], np.dtype[np.float64]] = (
+            2 * self.confusion.diagonal() / np.maximum(self.confusion.sum(axis=0) + self.confusion.sum(axis=1), 1)
+        )
+        return found
 
     def to_vector(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """All counts as float64 [C * C + 2], to be summed over workers; exact below 2**53 images."""

@@ -39,14 +39,14 @@ def confusion_matrix(confusion: Int64Array, classes: Sequence[str], title: str) 
     return figure
 
 
-def weakest_classes(recall: Mapping[str, float], title: str) -> Figure:
-    """Recall of up to forty classes, the weakest at the bottom."""
-    ranked = sorted(recall.items(), key=lambda entry: entry[1])[:40]
+def weakest_classes(values: Mapping[str, float], metric: str, title: str) -> Figure:
+    """A metric of up to forty classes, the weakest at the bottom."""
+    ranked = sorted(values.items(), key=lambda entry: entry[1])[:40]
     figure = Figure(figsize=(7, 1 + 0.25 * len(ranked)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(ranked)), [value for _, value in ranked], color=BLUE)
     axes.set_yticks(range(len(ranked)), [name for name, _ in ranked])
-    axes.set(xlabel="recall", xlim=(0, 1), title=title)
+    axes.set(xlabel=metric, xlim=(0, 1), title=title)
     return figure
 
 

@@ -23,19 +23,23 @@ FIGURES = "figures"
 
 
 class PerClass(Strict):
-    """One class: images of it, share of them found (recall), share of its predictions that are right (precision)."""
+    """One class: images of it, share of them found (recall), share of its predictions that are right (precision).
+
+    F1 is the harmonic mean of both.
+    """
 
     class_name: str
     num_images: int
     recall: float
     precision: float
+    f1: float
 
 
 class Report(Strict):
     """Metrics of one model on one split.
 
     Attributes:
-        metrics: figures by name (`top1`, `top5`, `mean_recall`, `loss`, `ece`, `mean_ap`).
+        metrics: figures by name (`top1`, `top5`, `mean_recall`, `macro_f1`, `loss`, `ece`, `mean_ap`).
         confusion: [C][C] images, true class by row, predicted class by column.
         provenance: which weights, which data, which code.
     """
@@ -60,15 +64,17 @@ class Report(Strict):
         )
 
     def per_class(self) -> list[PerClass]:
-        """Recall and precision of every class; 0 where nothing was to be found or predicted."""
+        """Recall, precision and F1 of every class; 0 where nothing was to be found or predicted."""
         confusion = np.array(self.confusion)
         right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+        f1 = Counts(confusion).f1()
         return [
             PerClass(
                 class_name=name,
                 num_images=int(true[label]),
                 recall=float(right[label] / max(true[label], 1)),
                 precision=float(right[label] / max(predicted[label], 1)),
+                f1=float(f1[label]),
             )
             for label, name in enumerate(self.classes)
         ]
@@ -87,12 +93,15 @@ class Report(Strict):
             run.log_figure(f"{FIGURES}/{self.split}-{name}", figure)
 
     def figures(self) -> dict[str, Figure]:
-        """The confusion matrix and the recall per class, by file name."""
+        """The confusion matrix, and recall and F1 per class, by file name."""
         title = f"{self.split}: top-1 {self.metrics['top1']:.4f}"
-        recall = {entry.class_name: entry.recall for entry in self.per_class() if entry.num_images}
+        seen = [entry for entry in self.per_class() if entry.num_images]
+        recall = {entry.class_name: entry.recall for entry in seen}
+        f1 = {entry.class_name: entry.f1 for entry in seen}
         return {
             "confusion.png": figures.confusion_matrix(np.array(self.confusion), self.classes, title),
-            "recall.png": figures.weakest_classes(recall, f"{self.split}: weakest classes"),
+            "recall.png": figures.weakest_classes(recall, "recall", f"{self.split}: weakest classes"),
+            "f1.png": figures.weakest_classes(f1, "F1", f"{self.split}: macro-F1 {self.metrics['macro_f1']:.4f}"),
         }
 
 

@@ -30,6 +30,7 @@ def test_counts_agree_with_sklearn(num_classes: int) -> None:
             "top1": sk.accuracy_score(labels, predicted),
             "top5": top5,
             "mean_recall": sk.recall_score(labels, predicted, average="macro"),
+            "macro_f1": sk.f1_score(labels, predicted, average="macro"),
             "loss": 0.1,
         }
     )
@@ -51,6 +52,13 @@ def test_mean_recall_leaves_out_classes_that_do_not_occur() -> None:
     counts = Counts.of(scores, np.array([0, 0, 1, 1]), loss=2.0)  # class 0: 2 of 2, class 1: 1 of 2
     assert counts.metrics()["mean_recall"] == 0.75
     assert counts.metrics()["loss"] == 0.5
+
+
+def test_macro_f1_by_hand_counts_classes_that_are_only_predicted() -> None:
+    scores = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    counts = Counts.of(scores, np.array([0, 0, 1, 1]), loss=0.0)
+    np.testing.assert_allclose(counts.f1(), [1.0, 2 / 3, 0.0, 0.0])  # class 1: precision 1, recall 1/2
+    assert counts.metrics()["macro_f1"] == pytest.approx(5 / 9)  # class 3 neither occurs nor is predicted
 
 
 @given(st.integers(0, 1000), st.tuples(*[st.integers(1, 30)] * 3))

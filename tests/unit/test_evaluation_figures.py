@@ -69,9 +69,9 @@ class FakeRun:
 def test_record_gives_the_run_report_predictions_figures_and_the_tag(tmp_path: Path) -> None:
     found, run = evaluation_of(merge([made_up(60, 4)])), FakeRun()
     found.record(run, tmp_path / "report.json")  # type: ignore[arg-type]
-    names = ("confusion", "recall", "precision-recall", "calibration", "filters")
+    names = ("confusion", "recall", "f1", "precision-recall", "calibration", "filters")
     drawn = {f"figures/val-{name}.png" for name in names}
-    metrics = {f"final/val/{name}" for name in ("top1", "top5", "mean_recall", "loss", "ece", "mean_ap")}
+    metrics = {f"final/val/{name}" for name in ("top1", "top5", "mean_recall", "macro_f1", "loss", "ece", "mean_ap")}
     files = {"report.json", "predictions-val.parquet", "figures/errors-val.png"}
     assert run.given.keys() == drawn | metrics | files | {"evaluated.val"}
     assert run.given["evaluated.val"] == "w" * 64
