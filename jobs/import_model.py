@@ -28,7 +28,8 @@ def import_model(job: ImportModel) -> None:
     ):
         version = registry.publish(tracked, bundle, job.register_as.model)
         if job.register_as.alias is not None:
-            version = registry.promote(uri, version.name, version.version, job.register_as.alias)
+            reason = f"imported by run {tracked.id}, {registry.NO_GATE}"
+            version = registry.promote(uri, version.name, version.version, job.register_as.alias, reason)
     print(f"bundle   {bundle.path}")
     print(f"model    {version.name} version {version.version} ({', '.join(version.aliases) or 'no alias'})")
 

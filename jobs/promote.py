@@ -1,4 +1,4 @@
-"""Move an alias, such as champion, to a version of a registered model; with gate keys only if that one is better."""
+"""Move an alias, such as champion, to a version of a registered model, if that is proven better than the holder."""
 
 from __future__ import annotations
 
@@ -15,27 +15,23 @@ class Promote(Job):
     """Which version an alias means from now on.
 
     Attributes:
-        gate: what the version must prove against the present holder of the alias; None asks nothing.
+        gate: what the version must prove against the present holder of the alias.
         force: promote it although the gate does not hold; its tag says so.
     """
 
     model: str
     version: int
     alias: str = registry.CHAMPION
-    gate: Gate | None = None
+    gate: Gate = Gate()
     force: bool = False
 
 
 def promote(job: Promote) -> None:
     """Do it, and say what the alias means now, and why."""
     with tracking_uri(job.store) as uri:
-        if job.gate is None and not job.force:
-            version, reason = registry.promote(uri, job.model, str(job.version), job.alias), ""
-        else:
-            version, reason = gates.promote(uri, job.model, str(job.version), job.alias, gate=job.gate, force=job.force)
+        version, reason = gates.promote(uri, job.model, str(job.version), job.alias, gate=job.gate, force=job.force)
     print(f"{version.name}@{job.alias} is version {version.version}")
-    if reason:
-        print(f"reason   {reason}")
+    print(f"reason   {reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from pydantic import Field
 
@@ -51,7 +50,7 @@ class Decision:
 
 
 def promote(
-    uri: str, name: str, version: str, alias: str = registry.CHAMPION, *, gate: Gate | None, force: bool = False
+    uri: str, name: str, version: str, alias: str = registry.CHAMPION, *, gate: Gate, force: bool = False
 ) -> tuple[Version, str]:
     """Move an alias if the gate holds, or anyway where that is forced, and write the reason to the version.
 
@@ -60,7 +59,7 @@ def promote(
         name: of the registered model.
         version: that is to be promoted.
         alias: that moves.
-        gate: None asks nothing.
+        gate: what is asked.
         force: promote also where the gate does not hold; the version's tag says so.
 
     Returns:
@@ -71,17 +70,13 @@ def promote(
         ModelError: the gate does not hold.
         TrackingError: there is no such version, or the server does not answer.
     """
-    if gate is None:
-        reason = "forced, no gate was stated"
-    else:
-        decision = decide(uri, registry.resolve(uri, f"{name}/{version}"), registry.holder(uri, name, alias), gate)
-        if not (decision.holds or force):
-            raise ModelError(
-                f"{name}/{version} does not become {alias}: {decision.reason}; force=true promotes it all the same"
-            )
-        reason = decision.reason if decision.holds else f"forced, though the gate does not hold: {decision.reason}"
-    told = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {reason}"
-    return registry.promote(uri, name, version, alias, reason=told), reason
+    decision = decide(uri, registry.resolve(uri, f"{name}/{version}"), registry.holder(uri, name, alias), gate)
+    if not (decision.holds or force):
+        raise ModelError(
+            f"{name}/{version} does not become {alias}: {decision.reason}; force=true promotes it all the same"
+        )
+    reason = decision.reason if decision.holds else f"forced, though the gate does not hold: {decision.reason}"
+    return registry.promote(uri, name, version, alias, reason), reason
 
 
 def decide(uri: str, candidate: Version, holder: Version | None, gate: Gate) -> Decision:

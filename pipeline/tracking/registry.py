@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ CHAMPION = "champion"
 DIGEST_TAG = "bundle_sha256"
 REASON_TAG = "promotion"
 """With `.<alias>` behind it, the tag of a version that says when and why it was given that alias."""
+NO_GATE = "no gate was asked"
 MODEL_CODE = Path(__file__).with_name("pyfunc.py")
 LIBRARY = Path(__file__).resolve().parents[1]
 ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__", "README.md")
@@ -117,10 +119,10 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
         )
 
 
-def promote(uri: str, name: str, version: str, alias: str = CHAMPION, reason: str | None = None) -> Version:
-    """Point an alias of `name` to a version; whoever resolves it from now on gets that one.
+def promote(uri: str, name: str, version: str, alias: str = CHAMPION, reason: str = NO_GATE) -> Version:
+    """Point an alias of `name` to a version; whoever resolves it from now on gets that one. `gate.promote` asks first.
 
-    A reason, if given, is written to the version's tag `promotion.<alias>` first, so that no alias moves without it.
+    Time and reason are written to the version's tag `promotion.<alias>` before, so that no alias moves without.
 
     Raises:
         ConfigError: the alias could be mistaken for a version.
@@ -133,8 +135,8 @@ def promote(uri: str, name: str, version: str, alias: str = CHAMPION, reason: st
         )
     found = resolve(uri, f"{name}/{version}")
     with connection.answers(uri) as client:
-        if reason is not None:
-            client.set_model_version_tag(name, found.version, f"{REASON_TAG}.{alias}", reason)
+        told = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {reason}"
+        client.set_model_version_tag(name, found.version, f"{REASON_TAG}.{alias}", told)
         client.set_registered_model_alias(name, alias, found.version)
     return resolve(uri, f"{name}/{version}")
 

@@ -207,7 +207,8 @@ def register(run: runs.Run, made: Bundle, registration: Registration | None) -> 
     version = registry.publish(run, made, registration.model)
     if registration.alias is None:
         return version
-    return registry.promote(run.uri, version.name, version.version, registration.alias)
+    reason = f"registered by run {run.id}, {registry.NO_GATE}"
+    return registry.promote(run.uri, version.name, version.version, registration.alias, reason)
 
 
 def _facts(source: shards.Shards, run: runs.Run) -> dict[str, str]:

@@ -205,6 +205,23 @@ def test_promote_job_is_refused_with_figures_and_forced_with_a_word(
     assert "UTC: forced, though the gate does not hold: top-1 on val is" in tag_of(zoo, "3")
 
 
+@pytest.mark.usefixtures("tanh_is_champion")
+def test_promote_job_without_a_word_asks_the_default_gate_and_leaves_no_reason_that_is_old(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", zoo.uri)
+    assert tag_of(zoo, "1").endswith(" UTC: no gate was asked")
+    assert promote.main([f"model={MODEL}", "version=3"]) == 0
+    assert "13.85 points better where at least 0.00 points is asked" in tag_of(zoo, "3")
+    assert promote.main([f"model={MODEL}", "version=1"]) == ModelError.exit_code
+    assert "zoo-net/1 does not become champion" in capsys.readouterr().err
+    assert registry.resolve(zoo.uri, f"{MODEL}@champion").version == "3"
+    assert promote.main([f"model={MODEL}", "version=1", "force=true"]) == 0
+    assert "UTC: forced, though the gate does not hold: top-1 on val is 84.62 %" in tag_of(zoo, "1")
+    registry.promote(zoo.uri, MODEL, "3", reason="by hand")
+    assert tag_of(zoo, "3").endswith(" UTC: by hand")
+
+
 def test_gate_between_seeds_of_one_recipe_asks_the_images_only(zoo: Zoo) -> None:
     registry.promote(zoo.uri, MODEL, "3")
     worse, better = (registry.resolve(zoo.uri, f"{MODEL}/{version}") for version in (3, 2))

@@ -35,6 +35,7 @@ from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.tracking import connection, registry, runs
+from pipeline.training import experiment
 from pipeline.types import Classification
 
 CONFIG = runs.Config(experiment="tracking-tests")
@@ -387,6 +388,16 @@ def test_promote_moves_the_alias_to_the_new_version(published: Published) -> Non
     finally:
         registry.promote(uri, "digits", "1")
     assert registry.resolve(uri, "digits@champion").version == "1"
+
+
+def test_register_moves_the_alias_and_says_that_no_gate_was_asked(
+    run: runs.Run, client: MlflowClient, tmp_path: Path
+) -> None:
+    version = experiment.register(run, make_bundle(tmp_path / "b"), experiment.Registration(model="registered"))
+    assert version is not None
+    assert version.aliases == ("champion",)
+    told = client.get_model_version("registered", version.version).tags["promotion.champion"]
+    assert told.endswith(f" UTC: registered by run {run.id}, no gate was asked")
 
 
 @pytest.mark.parametrize("alias", ["1", "12", "v1", "V2", "latest", "Latest", "a b", "", "-x"])
