@@ -119,6 +119,18 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
         )
 
 
+def published(run: Run, made: Bundle, name: str) -> Version | None:
+    """The version of `name` as which a run has registered just these weights, if it has.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    connection.check(run.uri)
+    with connection.answers(run.uri) as client:
+        found = map(_version, client.search_model_versions(f"name = '{name}' and run_id = '{run.id}'"))
+        return next((version for version in found if version.weights_sha256 == made.card.weights_sha256), None)
+
+
 def promote(uri: str, name: str, version: str, alias: str = CHAMPION, reason: str = NO_GATE) -> Version:
     """Point an alias of `name` to a version; whoever resolves it from now on gets that one. `gate.promote` asks first.
 

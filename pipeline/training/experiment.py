@@ -196,7 +196,9 @@ def _evaluate(made: Bundle, source: shards.Shards, split: Split, folder: Path, r
 
 
 def register(run: runs.Run, made: Bundle, registration: Registration | None) -> registry.Version | None:
-    """Register the bundle that a run has made, and move the alias; None: neither.
+    """Register the bundle that a run has made, if it is not yet, and move the alias; None: neither.
+
+    It may be already where the job was killed before it noted that.
 
     Raises:
         TrackingError: the server does not answer for so long, or refuses.
@@ -204,7 +206,7 @@ def register(run: runs.Run, made: Bundle, registration: Registration | None) -> 
     if registration is None:
         return None
     connection.wait(run.uri, REGISTRY_WAIT_S)  # unlike figures, a model goes straight to the server
-    version = registry.publish(run, made, registration.model)
+    version = registry.published(run, made, registration.model) or registry.publish(run, made, registration.model)
     if registration.alias is None:
         return version
     reason = f"registered by run {run.id}, {registry.NO_GATE}"

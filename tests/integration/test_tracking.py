@@ -400,6 +400,18 @@ def test_register_moves_the_alias_and_says_that_no_gate_was_asked(
     assert told.endswith(f" UTC: registered by run {run.id}, no gate was asked")
 
 
+def test_register_again_takes_the_version_of_this_run_and_these_weights(
+    mlflow_server: Service, run: runs.Run, tmp_path: Path
+) -> None:
+    """As a job does that was killed between registering and noting that it had."""
+    made, to = make_bundle(tmp_path / "b"), experiment.Registration(model="twice", alias=None)
+    found = [experiment.register(run, made, to) for _ in range(2)]
+    found.append(experiment.register(run, make_bundle(tmp_path / "other", seed=1), to))
+    with runs.start(mlflow_server.address, CONFIG, params={}, tags={}) as other_run:
+        found.append(experiment.register(other_run, made, to))
+    assert [version.version for version in found if version] == ["1", "1", "2", "3"]
+
+
 @pytest.mark.parametrize("alias", ["1", "12", "v1", "V2", "latest", "Latest", "a b", "", "-x"])
 def test_promote_alias_that_reads_like_a_version_is_refused(alias: str) -> None:
     with pytest.raises(ConfigError, match="expected letters"):
