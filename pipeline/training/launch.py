@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -70,7 +71,7 @@ def train(
     """
     assignment = Assignment(
         folder.absolute(),
-        source.path.absolute(),
+        replace(source, path=source.path.absolute()),
         recipe,
         fitted(recipe.model, source),
         provenance or {},

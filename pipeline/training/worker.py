@@ -33,6 +33,7 @@ class Assignment:
 
     Attributes:
         folder: of the run; must be reachable from every node.
+        source: the dataset, by the manifest that the driver has read: a newer one may have come since.
         model: the recipe's model, with the number of classes of the shards.
         checkpoints: of the run; must be reachable from every node.
         is_tracked: whether `folder` holds a journal, to which rank 0 tells what there is to say.
@@ -40,7 +41,7 @@ class Assignment:
     """
 
     folder: Path
-    shards: Path
+    source: shards.Shards
     recipe: Recipe
     model: ClassifierConfig
     provenance: dict[str, str]
@@ -60,7 +61,7 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # one pipeline per epoch, each with its own announcement
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    recipe, source = assignment.recipe, shards.load(assignment.shards)
+    recipe, source = assignment.recipe, assignment.source
     device = ray.train.torch.get_device()
     model = start.build(assignment.model, recipe.seed, recipe.start, assignment.folder)
     loader = Loader(

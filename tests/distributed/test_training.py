@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,10 @@ def test_two_workers_of_four_train_as_one_of_eight(source: shards.Shards, tmp_pa
 
 @pytest.mark.usefixtures("cluster")
 def test_training_on_two_ray_workers_learns_and_leaves_a_bundle(source: shards.Shards, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(source.path, tmp_path / "shards"))
+    newer = source.manifest.model_copy(update={"version": 2, "digest": "e", "shards": ()})
+    (copied / shards.MANIFEST).write_text(newer.model_dump_json())  # workers read the version that the driver has read
+    source = shards.Shards(copied, source.manifest)
     recipe = validate(Recipe, PLAIN | {"epochs": 4, "loading": {"batch_size": 4, "num_tasks": 1}})
     made = launch.train(tmp_path / "run", source, recipe, launch.Cluster(num_workers=2), provenance={"commit": "abc"})
     assert made.card.metrics["val/top1"] == 1.0
