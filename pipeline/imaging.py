@@ -47,6 +47,9 @@ from pipeline.types import UInt8Array
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+MAX_ASPECT = 100
+"""How many times as long as wide an image may be; a strip one pixel wide, scaled until its short side is that of a
+model's input, would take gigabytes. No key of `Decoding`: datasets that are there would be of another configuration."""
 Format = image_headers.Format
 UInt16Array = npt.NDArray[np.uint16]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -117,9 +120,10 @@ def decode(data: Buffer, policy: Decoding = DEFAULT, *, min_short: int | None = 
         min_short: short side in pixels that the caller is going to resize to, or None for every pixel.
 
     Raises:
-        ImageError: with the reason `empty`, `format` (unknown or not accepted), `pixels` (over a limit), `truncated`,
-            `corrupt`, `mode` (samples without a known range), `channels` (another number of bands than asked for),
-            `codec` (TIFF bands compressed in a way that is for pictures, or rare) or `memory`.
+        ImageError: with the reason `empty`, `format` (unknown or not accepted), `pixels` (over a limit), `aspect`
+            (more than `MAX_ASPECT` times as long as wide), `truncated`, `corrupt`, `mode` (samples without a known
+            range), `channels` (another number of bands than asked for), `codec` (TIFF bands compressed in a way that
+            is for pictures, or rare) or `memory`.
     """
     if min_short is not None and min_short < 1:
         raise ValueError(f"min_short must be at least 1 pixel, got {min_short}")
@@ -236,6 +240,9 @@ def _within_limits(raw: bytes, name: Format, policy: Decoding) -> Header:
     if height * width > policy.max_pixels or max(height, width) > policy.max_side:
         limit = f"{policy.max_pixels} pixels and {policy.max_side} a side"
         raise ImageError("pixels", f"The {name} image has {height} x {width} pixels; the limit is {limit}.")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        limit = f"a long side of {MAX_ASPECT} times the short one"
+        raise ImageError("aspect", f"The {name} image has {height} x {width} pixels; the limit is {limit}.")
     return header
 
 

@@ -29,7 +29,7 @@ from pipeline.types import UInt8Array
 
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "NPY")
-REASONS = {"empty", "format", "pixels", "truncated", "corrupt", "mode", "channels", "codec", "memory"}
+REASONS = {"empty", "format", "pixels", "aspect", "truncated", "corrupt", "mode", "channels", "codec", "memory"}
 
 
 def bands(number: int, **limits: Any) -> Decoding:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from pipeline import imaging
 from pipeline.data.transforms.resizing import resize_interleaved
 from pipeline.errors import ImageError
-from pipeline.imaging import Decoding, decode, probe, sniff
+from pipeline.imaging import MAX_ASPECT, Decoding, decode, probe, sniff
 from pipeline.types import UInt8Array
 
 ALL = Decoding(formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
@@ -201,6 +201,7 @@ def test_decode_jpeg_with_a_thousand_scans_is_refused() -> None:
 @given(height=st.integers(1, 700), width=st.integers(1, 700), min_short=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_decode_min_short_is_the_largest_safe_reduction(height: int, width: int, min_short: int) -> None:
+    assume(max(height, width) <= MAX_ASPECT * min(height, width))
     data = imaging.encode_jpeg(np.full((height, width, 3), 90, np.uint8))
     pixels = decode(data, min_short=min_short)
     allowed = [k for k in (1, 2, 4, 8) if min(height, width) >= 8 and -(-min(height, width) // k) >= 2 * min_short]
@@ -290,7 +291,8 @@ def test_decode_16_bit_grey_is_scaled_not_saturated(values: list[int]) -> None:
 
 def test_decode_16_bit_colour_is_within_one_level() -> None:
     values = np.arange(0, 65536, 257 // 3, dtype=np.uint16)[: 255 * 3]
-    data = png(255, 1, 16, 2, b"\0" + values.astype(">u2").tobytes())
+    rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2").reshape(5, -1))
+    data = png(51, 5, 16, 2, rows)
     assert np.abs(decode(data).reshape(-1) - values / 257).max() <= 1
 
 
@@ -357,6 +359,14 @@ def test_decode_limits_hold_for_every_format(format: str) -> None:
     assert reason_of(data, Decoding(formats=ALL.formats, max_side=63)) == "pixels"
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_decode_image_much_longer_than_wide_is_refused(turned: bool) -> None:
+    strip = np.zeros((2, 2 * MAX_ASPECT + 1, 3), np.uint8)
+    strip = strip.swapaxes(0, 1) if turned else strip
+    assert reason_of(saved(strip, "PNG")) == "aspect"
+    assert decode(saved(strip[:200, :200], "PNG")).shape == strip[:200, :200].shape
+
+
 def test_decode_large_image_under_the_limit_does_not_warn() -> None:
     rows = zlib.compress(bytes(10_001 * 1_250), 9)  # 100 megapixels of 1 bit
     header = struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
@@ -418,7 +428,7 @@ def outcome_is_typed(data: bytes) -> None:
             reason = error.reason
         else:
             reason = "" if probe(data, ALL) == pixels.shape[:2] else "probe disagrees"
-    assert reason in {"", "empty", "format", "pixels", "truncated", "corrupt", "mode", "memory"}
+    assert reason in {"", "empty", "format", "pixels", "aspect", "truncated", "corrupt", "mode", "memory"}
 
 
 HEADS = (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08")

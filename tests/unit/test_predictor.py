@@ -53,9 +53,11 @@ def test_a_batch_gives_the_answers_of_single_images(predictor: Predictor) -> Non
 def test_a_bad_image_gets_its_error_and_its_neighbours_their_answers(predictor: Predictor) -> None:
     good = [picture(1), picture(2)]
     jpeg = imaging.encode_jpeg(np.zeros((8, 8, 3), np.uint8))  # the bundle takes PNG only
-    answers = predictor.predict([b"text", good[0], good[0][:100], jpeg, picture(3, 80, 80), good[1]])
+    answers = predictor.predict(
+        [b"text", good[0], good[0][:100], jpeg, picture(3, 80, 80), good[1], picture(4, 1, 4000)]
+    )
     reasons = [answer.reason if isinstance(answer, ImageError) else "" for answer in answers]
-    assert reasons == ["format", "", "truncated", "format", "pixels", ""]
+    assert reasons == ["format", "", "truncated", "format", "pixels", "", "aspect"]
     expected = answered(predictor.predict(good))
     for at, answer in zip((1, 5), expected, strict=True):
         np.testing.assert_allclose(answered([answers[at]])[0].scores, answer.scores, atol=1e-6)

@@ -252,15 +252,17 @@ def test_bad_images_are_rejected_with_their_reasons_and_their_neighbours_stay(tm
     paths["folder"].mkdir()
     paths["through a file"] = good / "x.jpg"
     large = picture(tmp_path, "large.jpg", 64, 64)
+    strip = picture(tmp_path, "strip.jpg", 1, 900)
     config = Config(decoding=imaging.Decoding(max_pixels=1000))
-    made = make(tmp_path, "val", config, *paths.values(), good, large)
+    made = make(tmp_path, "val", config, *paths.values(), good, large, strip)
     assert [row["image_id"] for row in stored(tmp_path)] == ["val/good.jpg"]
     reasons = {reject.uri: reject.reason for reject in made.rejects}
     expected = {"torn": "truncated", "text": "format", "empty": "empty"}
     expected |= dict.fromkeys(("gone", "folder", "through a file"), "unreadable")
-    assert reasons == {str(paths[name]): reason for name, reason in expected.items()} | {str(large): "pixels"}
+    odd = {str(large): "pixels", str(strip): "aspect"}
+    assert reasons == {str(paths[name]): reason for name, reason in expected.items()} | odd
     assert all(reject.message and reject.split == "val" for reject in made.rejects)
-    assert (made.num_records, made.class_counts) == (8, {6: 1})
+    assert (made.num_records, made.class_counts) == (9, {6: 1})
 
 
 @pytest.mark.parametrize("what", ["image", "part", "mask"])

@@ -127,6 +127,19 @@ def test_evaluation_of_no_image_is_an_image_error() -> None:
 
 
 @pytest.mark.parametrize("crop", ["resized", "random", "none"])
+def test_strip_that_would_be_scaled_to_gigabytes_is_refused(crop: str) -> None:
+    """1 x 16,384 pixels pass every other limit, and would be 256 x 4,194,304 before the crop."""
+    data = imaging.encode_png(np.zeros((1, 16_384, 3), np.uint8))
+    augment = parse(Augment, {"crop": crop}, "here")
+    for view in (evaluation, lambda *of: training(*of, augment, np.random.default_rng(0))):
+        with pytest.raises(ImageError, match="1 x 16384 pixels; the limit is a long side of 100 times") as error:
+            view(data, IMAGENET)
+        assert error.value.reason == "aspect"
+    longest, _ = evaluation(imaging.encode_png(np.zeros((2, 200, 3), np.uint8)), IMAGENET)
+    assert longest.shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("crop", ["resized", "random", "none"])
 def test_training_view_is_a_function_of_the_generator(crop: str) -> None:
     augment = parse(Augment, {"crop": crop, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4}, "here")
     data = imaging.encode_jpeg(photo(60, 90))
