@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
@@ -185,13 +185,18 @@ def on_ray(reading: Reading, batches: list[Int64Array], num_tasks: int, decode_o
     tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
     blocks = tasks.map_batches(decode, batch_size=1)
     try:
-        yield from _in_order(blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+        found = blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+        yield from _in_order(found, len(batches))
     except ray.exceptions.RayError as error:
         raise own_cause(error) from None
 
 
-def _in_order(blocks: Iterator[Columns]) -> Iterator[Columns]:
-    """Hold back what came before its turn."""
+def _in_order(blocks: Iterable[Columns], num_batches: int) -> Iterator[Columns]:
+    """Hold back what came before its turn.
+
+    Raises:
+        DataError: a batch never came.
+    """
     waiting: list[tuple[int, Columns]] = []
     turn = 0
     for columns in blocks:
@@ -199,6 +204,11 @@ def _in_order(blocks: Iterator[Columns]) -> Iterator[Columns]:
         while waiting and waiting[0][0] == turn:
             yield heapq.heappop(waiting)[1]
             turn += 1
+    if turn != num_batches:
+        raise DataError(
+            f"expected {num_batches} batches from the tasks that read, but batch {turn} (counted from 0) never came "
+            "though all have ended; run again (a training goes on with resume=true), or set loading.reader to local"
+        )
 
 
 def _selector(nodes: list[dict[str, Any]], wanted: dict[str, str]) -> dict[str, str] | None:

@@ -14,7 +14,7 @@ import torch
 
 from pipeline import imaging
 from pipeline.batch import Batch
-from pipeline.data import loading, order, shards
+from pipeline.data import loading, order, readers, shards
 from pipeline.data.loading import Loader
 from pipeline.data.rows import Config as Rows
 from pipeline.data.rows import make_shard
@@ -160,10 +160,20 @@ def test_a_fork_that_hangs_is_done_again(stripes: shards.Shards, tmp_path: Path)
     assert "did not begin within 1 s" in ended.stderr
 
 
-def test_a_position_goes_on_without_repeating_or_skipping_a_sample(stripes: shards.Shards) -> None:
-    whole = Loader(stripes, SPEC, LOCAL)
+@pytest.mark.parametrize("num_tasks", [0, 1])
+def test_a_position_goes_on_without_repeating_or_skipping_a_sample(stripes: shards.Shards, num_tasks: int) -> None:
+    whole = Loader(stripes, SPEC, PROCESSES.model_copy(update={"num_tasks": num_tasks}))
     offset = 3 * whole.global_batch_size
     assert equal(list(whole.train(1, offset)), list(whole.train(1))[3:])
+
+
+def test_batches_of_tasks_come_in_order_and_all_of_them() -> None:
+    came = [{"number": np.array([number])} for number in (2, 0, 1, 4)]
+    assert [int(columns["number"][0]) for columns in readers._in_order(came[:3], 3)] == [0, 1, 2]
+    short = readers._in_order(came, 5)
+    assert [int(next(short)["number"][0]) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"expected 5 batches .* batch 3 \(counted from 0\) never came"):
+        next(short)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 5), (5, 2)])
