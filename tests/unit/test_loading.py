@@ -19,8 +19,9 @@ from pipeline.data.loading import Loader
 from pipeline.data.rows import Config as Rows
 from pipeline.data.rows import make_shard
 from pipeline.data.transforms import classify
+from pipeline.data.transforms.resizing import resize
 from pipeline.errors import DataError
-from pipeline.types import InputSpec, Record
+from pipeline.types import InputSpec, Record, Split
 
 SPEC = InputSpec(size_hw=(28, 28))
 LOCAL = loading.Config(batch_size=4, num_tasks=0, batches_per_read=2)
@@ -221,6 +222,35 @@ def test_steps_per_epoch_counts_whole_global_batches(stripes: shards.Shards) -> 
     loaders = [Loader(stripes, SPEC, config, rank=rank, world_size=2) for rank in range(2)]
     assert [loader.steps_per_epoch for loader in loaders] == [2, 2]  # 40 // 14
     assert [len(list(loader.train(0))) for loader in loaders] == [2, 2]
+
+
+def test_bands_are_loaded_as_stored_and_only_by_a_model_of_as_many(stripes: shards.Shards, tmp_path: Path) -> None:
+    """Training pictures become smaller NPY files at ingest, validation keeps the original bytes."""
+    rng, decoding = np.random.default_rng(0), imaging.Decoding(formats=("NPY",), num_channels=5)
+    bands = rng.integers(0, 256, (40, 60, 5), np.uint8)
+    (tmp_path / "x.npy").write_bytes(imaging.encode_npy(bands))
+    splits: tuple[Split, ...] = ("train", "val")
+    made = [
+        make_shard(
+            tmp_path / f"{split}.parquet",
+            split,
+            [Record(f"{split}/x", str(tmp_path / "x.npy"), split, 1)],
+            Rows(train_short_side=20, decoding=decoding),
+        ).shard
+        for split in splits
+    ]
+    manifest = stripes.manifest.model_copy(update={"shards": tuple(made), "decoding": decoding})
+    source, spec = shards.Shards(tmp_path, manifest), InputSpec((16, 16), 20, (0.5,) * 5, (0.2,) * 5, num_channels=5)
+    one, plain = LOCAL.model_copy(update={"batch_size": 1}), classify.Augment(crop="none", flip=False)
+    loader = Loader(source, spec, one, augment=plain)
+    expected = resize(bands, (20, 30))[:, 2:18, 7:23]  # of the stored 20 x 30, which is not scaled again
+    for batches in (loader.train(0), loader.evaluate("val")):
+        (batch,) = batches
+        assert batch.targets is not None
+        assert batch.targets.tolist() == [1]
+        np.testing.assert_array_equal(batch.images[0].numpy(), expected)
+    with pytest.raises(DataError, match=r"holds images of 5 channels, but the model takes 3; choose another model"):
+        Loader(source, SPEC, one)
 
 
 def test_a_split_that_does_not_fill_one_batch_says_what_to_do(stripes: shards.Shards) -> None:

@@ -443,6 +443,20 @@ def test_bands_are_counted_channel_by_channel(tmp_path: Path) -> None:
     np.testing.assert_allclose(made.pixels.mean, bands[::4, ::4].mean(axis=(0, 1)) / 255, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("hw", "stored_hw"), [((40, 60), (20, 30)), ((20, 24), (20, 24))])
+def test_bands_of_training_images_are_shrunk_to_npy_and_small_ones_stay(
+    tmp_path: Path, hw: tuple[int, int], stored_hw: tuple[int, int]
+) -> None:
+    bands = np.random.default_rng(0).integers(0, 256, (*hw, 5), np.uint8)
+    (tmp_path / "x.npy").write_bytes(original := imaging.encode_npy(bands))
+    decoding = imaging.Decoding(formats=("NPY",), num_channels=5)
+    make(tmp_path, "train", Config(train_short_side=20, decoding=decoding), tmp_path / "x.npy")
+    (row,) = stored(tmp_path)
+    assert (row["height"], row["width"], row["original_height"], row["original_width"]) == (*stored_hw, *hw)
+    assert (row["image"] == original) == (hw == stored_hw)
+    np.testing.assert_array_equal(imaging.decode(row["image"], decoding), shrink_short(bands, 20))
+
+
 def test_what_was_made_travels_as_json(tmp_path: Path) -> None:
     made = make(tmp_path, "val", Config(), picture(tmp_path, "x.jpg", 30, 30), tmp_path / "gone.jpg")
     assert Made.model_validate_json(made.model_dump_json(), strict=True) == made
