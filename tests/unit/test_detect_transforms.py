@@ -415,6 +415,19 @@ def test_colours_at_the_ends_of_their_range_stay_there() -> None:
         assert green == blue
 
 
+@pytest.mark.parametrize(
+    ("seed", "red", "green"), [(4, [0, 255, 0], [0, 0, 255]), (3, [0, 0, 255], [255, 0, 0])], ids=["forth", "back"]
+)
+def test_hue_turned_by_a_third_takes_each_primary_to_the_next_and_leaves_grey(
+    seed: int, red: list[int], green: list[int]
+) -> None:
+    image = np.array([[[255, 0, 0], [0, 255, 0], [90, 90, 90]]], np.uint8)
+    drawn = float(np.random.default_rng(seed).uniform(-1, 1))  # which part of `hue` the circle is turned by
+    fit, augment = Fit(way="stretch", size_hw=(1, 3)), Augment(flip=False, hue=1 / 3 / abs(drawn))
+    view = training([Scene(image, no_objects())], fit, augment, np.random.default_rng(seed))
+    np.testing.assert_allclose(view.image[:, 0].T, [red, green, [90, 90, 90]], atol=1)
+
+
 def test_photometric_changes_leave_boxes_and_mask_alone() -> None:
     scene, fit = painted(40, 40, (5, 5, 30, 30)), Fit(size_hw=(40, 40))
     augment = Augment(flip=False, brightness=0.125, contrast=0.5, hue=0.1, exposure=1.5, saturation=1.5)
