@@ -11,7 +11,7 @@ from pipeline.config import flatten
 from pipeline.data import shards
 from pipeline.evaluation.run import evaluate as measure
 from pipeline.tracking import runs
-from pipeline.types import Split
+from pipeline.types import Split, Views
 
 
 class Evaluate(Job):
@@ -20,12 +20,14 @@ class Evaluate(Job):
     Attributes:
         model: `name@alias` or `name/3` in the registry, or the folder of a bundle.
         shards: the dataset; a relative path lies in `storage`.
+        views: of each image, whose scores are averaged; `ten_crop` is how AlexNet's and ResNet's papers measured.
         report: where the JSON goes; a relative path lies in `storage`.
     """
 
     model: str
     shards: Path
     split: Split = "val"
+    views: Views = "centre"
     num_tasks: int = 2
     report: Path = Path("report.json")
     tracking: runs.Config = runs.Config(experiment="evaluate")
@@ -43,11 +45,11 @@ def evaluate(job: Evaluate) -> None:
             ray_session(job.store, job.num_tasks),
         ):
             tracked.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), job.split)
-            report = measure(bundle, source, job.split, num_tasks=job.num_tasks)
+            report = measure(bundle, source, job.split, views=job.views, num_tasks=job.num_tasks)
             report.record(tracked, job.store / job.report)
     for name, value in report.metrics.items():
         print(f"{name:12} {value:.4f}")
-    print(f"images       {report.num_images}")
+    print(f"images       {report.num_images}  (views: {job.views})")
     print(f"report       {job.store / job.report}")
     print(f"run          {tracked.url}")
 

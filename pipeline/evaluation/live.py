@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.batch import Batch
+from pipeline.data.transforms import classify
 from pipeline.evaluation.classify import Counts
 from pipeline.models._contract import Classifier
-from pipeline.types import Float32Array
+from pipeline.types import Float32Array, Views
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,10 +29,14 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     watch: Watch | None = None,
+    views: Views = "centre",
 ) -> Counts:
     """Count how `model`, left in evaluation mode, does on the labelled batches of this rank.
 
-    `watch` is shown every batch with its scores; nothing else of single images is kept.
+    Args:
+        batches: pictures as `transforms.classify.shown` asks for them.
+        watch: is shown every batch with its scores; nothing else of single images is kept.
+        views: of each picture, whose scores are averaged.
     """
     model.eval()
     counts = Counts.empty(num_classes)
@@ -38,13 +45,22 @@ def evaluate(
             moved = batch.to(device)
             assert moved.targets is not None
             with autocast(precision, device):
-                outputs = model(moved)
+                outputs = _outputs(model, moved, views)
                 loss = torch.stack(list(model.loss(outputs, moved.targets).values())).sum()
             scores = model.scores(outputs).cpu().numpy()
             counts += Counts.of(scores, moved.targets.cpu().numpy(), float(loss) * len(batch))
             if watch is not None:
                 watch(batch, scores)
     return counts
+
+
+def _outputs(model: Classifier, batch: Batch, views: Views) -> Tensor:
+    """What the model says of a batch; of several views, the logarithm of their mean scores, which has those scores."""
+    cut = classify.cut(batch.images, model.spec, views)
+    if len(cut) == 1:
+        return cast(Tensor, model(batch))
+    scores = torch.stack([model.scores(model(replace(batch, images=images))) for images in cut]).mean(dim=0)
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
 def all_reduce(counts: Counts) -> Counts:

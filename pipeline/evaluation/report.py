@@ -13,7 +13,7 @@ from pipeline.config import Strict
 from pipeline.evaluation import figures
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.curves import all_precision_recall, mean_average_precision, reliability
-from pipeline.tracking.predictions import Predictions, file_name, weights_tag
+from pipeline.tracking.predictions import Predictions, file_name, views_tag, weights_tag
 from pipeline.types import Split
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of it
@@ -41,7 +41,7 @@ class Report(Strict):
     Attributes:
         metrics: figures by name (`top1`, `top5`, `mean_recall`, `macro_f1`, `loss`, `ece`, `mean_ap`).
         confusion: [C][C] images, true class by row, predicted class by column.
-        provenance: which weights, which data, which code.
+        provenance: which weights, which data, which views of each image, which code.
     """
 
     split: Split
@@ -123,7 +123,8 @@ class Evaluation(Report):
     def record(self, run: Run, path: Path) -> None:
         """Also write `predictions-<split>.parquet` and `errors-<split>.png` beside the report, and log both.
 
-        The run is tagged with the weights that were evaluated, so that a comparison finds it by them.
+        The run is tagged with the weights that were evaluated, so that a comparison finds it by them, and with the
+        views, so that it compares only what was measured alike.
         """
         super().record(run, path)
         table = path.with_name(file_name(self.split))
@@ -133,7 +134,8 @@ class Evaluation(Report):
             picture = path.with_name(f"errors-{self.split}.png")
             picture.write_bytes(self.errors)
             run.log_file(picture, FIGURES)
-        run.set_tags({weights_tag(self.split): self.predictions.origin.weights_sha256})
+        origin = self.predictions.origin
+        run.set_tags({weights_tag(self.split): origin.weights_sha256, views_tag(self.split): origin.views})
 
     def figures(self) -> dict[str, Figure]:
         """Also precision against recall, calibration, and the first filters."""

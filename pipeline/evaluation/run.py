@@ -16,6 +16,7 @@ from pipeline.batch import Batch
 from pipeline.data import shards
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
+from pipeline.data.transforms.classify import shown
 from pipeline.errors import DataError
 from pipeline.evaluation import figures, mistakes
 from pipeline.evaluation.classify import Counts
@@ -23,13 +24,19 @@ from pipeline.evaluation.live import evaluate as count
 from pipeline.evaluation.report import Evaluation, Report, evidence_metrics
 from pipeline.inference import bundle
 from pipeline.tracking.predictions import Origin, Predictions, merge
-from pipeline.types import Float32Array, Split
+from pipeline.types import Float32Array, Split, Views
 
 BATCHES_PER_CHUNK = 8
 
 
 def evaluate(
-    model: bundle.Bundle, source: shards.Shards, split: Split, *, batch_size: int = 64, num_tasks: int = 2
+    model: bundle.Bundle,
+    source: shards.Shards,
+    split: Split,
+    *,
+    views: Views = "centre",
+    batch_size: int = 64,
+    num_tasks: int = 2,
 ) -> Evaluation:
     """Evaluate on an initialised Ray.
 
@@ -49,6 +56,7 @@ def evaluate(
         dataset_digest=source.manifest.digest,
         weights_sha256=model.card.weights_sha256,
         classes=model.card.classes,
+        views=views,
     )
     parts = _distribute(_Work(model, source, origin, batch_size), num_tasks)
     predictions = merge([part.predictions for part in parts])
@@ -61,6 +69,7 @@ def evaluate(
             "weights_sha256": model.card.weights_sha256,
             "dataset": source.manifest.dataset,
             "dataset_digest": source.manifest.digest,
+            "views": views,
             "commit": provenance.commit(),
             "seconds": f"{seconds:.1f}",
         },
@@ -115,9 +124,9 @@ def _measure(work: _Work, chunks: range) -> _Part:
         assert batch.targets is not None
         seen.append(Predictions.of(work.origin, batch.ids, batch.targets.numpy(), scores))
 
-    counts = Counts.empty(len(work.origin.classes))
+    counts, views = Counts.empty(len(work.origin.classes)), work.origin.views
     for chunk in chunks:
-        loader = Loader(work.source, network.spec, loading, rank=chunk, world_size=work.num_chunks)
+        loader = Loader(work.source, shown(network.spec, views), loading, rank=chunk, world_size=work.num_chunks)
         batches = loader.evaluate(work.origin.split)
-        counts += count(network, batches, len(work.origin.classes), watch=watch)
+        counts += count(network, batches, len(work.origin.classes), watch=watch, views=views)
     return _Part(counts, merge(seen))

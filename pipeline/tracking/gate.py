@@ -91,13 +91,13 @@ def decide(uri: str, candidate: Version, holder: Version | None, gate: Gate) -> 
         return Decision(True, "it holds the alias already")
     mine, theirs = (evidence.of_version(uri, each, gate.split) for each in (candidate, holder))
     said = [_image_by_image(*each, gate.split) for each in ((candidate, mine), (holder, theirs))]
-    pair = next(((ours, other) for ours in said[0] for other in said[1] if ours.digest == other.digest != ""), None)
+    pair = next(((ours, other) for ours in said[0] for other in said[1] if _measured_alike(ours, other)), None)
     if pair is None:
         return Decision(False, _no_pair((candidate, holder), said, gate.split))
     ours, other = (evidence.complete(uri, trial) for trial in pair)
     if ours.predictions is None or other.predictions is None:
         return Decision(False, f"the predictions of {_name(candidate)} or {_name(holder)} were deleted; evaluate again")
-    seeds = _seeds(uri, _own_run(candidate, mine), _own_run(holder, theirs), gate, ours.digest)
+    seeds = _seeds(uri, _own_run(candidate, mine), _own_run(holder, theirs), gate, ours)
     try:
         sides = Group(_name(candidate), (ours,)), Group(_name(holder), (other,))
         found = contrast(*sides, gate.metric, seeds or ([], []))
@@ -127,7 +127,7 @@ def _figures(found: Contrast, gate: Gate, ours: Trial, seeds: tuple[list[float],
         f"{NAMES[gate.metric]} on {gate.split} is {percent(better.mean(gate.metric))} against "
         f"{percent(other.mean(gate.metric))} of {other.name}, {points(found.difference)} better where at least "
         f"{points(gate.min_improvement)} is asked, and p = {probability(found.weakest)} where less than {gate.alpha:g} "
-        f"is asked ({witnesses}), on {len(ours.predictions):,} images of data {ours.digest[:12]}"
+        f"is asked ({witnesses}), on {len(ours.predictions):,} images of data {ours.measured_on}"
     )
 
 
@@ -144,11 +144,15 @@ def _no_pair(versions: tuple[Version, Version], said: Sequence[Sequence[Trial]],
                 f"{_name(version)} was never evaluated image by image on '{split}'; run python -m jobs.evaluate "
                 f"model={_name(version)} split={split} shards=... first"
             )
-    data = [", ".join(sorted({trial.digest[:12] or "unknown" for trial in trials})) for trials in said]
+    data = [", ".join(sorted({trial.measured_on for trial in trials})) for trials in said]
     return (
         f"it was evaluated on data {data[0]}, but {_name(versions[1])} on {data[1]}; evaluate both on the same shards "
-        "with jobs.evaluate"
+        "and views with jobs.evaluate"
     )
+
+
+def _measured_alike(ours: Trial, other: Trial) -> bool:
+    return ours.digest == other.digest != "" and ours.views == other.views
 
 
 def _own_run(version: Version, trials: Sequence[Trial]) -> Trial | None:
@@ -157,25 +161,25 @@ def _own_run(version: Version, trials: Sequence[Trial]) -> Trial | None:
 
 
 def _seeds(
-    uri: str, ours: Trial | None, other: Trial | None, gate: Gate, digest: str
+    uri: str, ours: Trial | None, other: Trial | None, gate: Gate, judged: Trial
 ) -> tuple[list[float], list[float]] | None:
-    """The metric of all seeds of both recipes, on the same data; None where they are one recipe, or have no seeds.
+    """The metric of all seeds of both recipes, measured as `judged` was; None where that is one recipe, or has no seed.
 
     Two seeds of one recipe are two models: the images alone say which is better.
     """
     if ours is None or other is None or groups.recipe(ours) == groups.recipe(other):
         return None
-    mine, theirs = (_siblings(uri, trial, gate, digest) for trial in (ours, other))
+    mine, theirs = (_siblings(uri, trial, gate, judged) for trial in (ours, other))
     return (mine, theirs)
 
 
-def _siblings(uri: str, trial: Trial, gate: Gate, digest: str) -> list[float]:
+def _siblings(uri: str, trial: Trial, gate: Gate, judged: Trial) -> list[float]:
     """The metric of the finished runs in a run's experiment that differ from it in their seed only, itself included."""
     key = f"final/{gate.split}/{gate.metric}"
     runs = [
         each
         for each in evidence.finished(uri, trial.experiment_id, gate.split)
-        if groups.recipe(each) == groups.recipe(trial) and each.digest == digest
+        if groups.recipe(each) == groups.recipe(trial) and _measured_alike(each, judged)
     ]
     latest = {groups.seed(each): each.metrics[key] for each in runs if key in each.metrics}
     return list(latest.values())

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Strict
 from pipeline.errors import DataError
-from pipeline.types import BoolArray, Float32Array, Int64Array, Split
+from pipeline.types import BoolArray, Float32Array, Int64Array, Split, Views
 
 TOP_K = 5
 ALL_CLASSES = 20
@@ -44,6 +44,7 @@ class Origin(Strict):
     Attributes:
         classes: class names; a label is an index into them.
         dataset_digest: of the manifest that the images were read by.
+        views: of each image, whose scores were averaged.
     """
 
     split: Split
@@ -51,6 +52,7 @@ class Origin(Strict):
     dataset_digest: str
     weights_sha256: str
     classes: tuple[str, ...]
+    views: Views = "centre"
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +179,11 @@ def file_name(split: Split) -> str:
 def weights_tag(split: Split) -> str:
     """The tag of a run that says which weights (their sha256) it has predictions of."""
     return f"evaluated.{split}"
+
+
+def views_tag(split: Split) -> str:
+    """The tag of a run that says which views of each image its figures of a split are of; without it, `centre`."""
+    return f"views.{split}"
 
 
 def _text(ids: Sequence[str]) -> npt.NDArray[np.object_]:

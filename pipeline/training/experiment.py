@@ -25,7 +25,7 @@ from pipeline.tracking import connection, registry, runs
 from pipeline.training import checkpoint, launch, start
 from pipeline.training.loop import Recipe
 from pipeline.training.record import Record
-from pipeline.types import Split
+from pipeline.types import Split, Views
 
 REGISTRY_WAIT_S = 600.0  # for a server that is away when a model is ready to be registered
 
@@ -45,6 +45,7 @@ class Config(Strict):
     Attributes:
         shards: the dataset; a relative path lies in the job's `storage`.
         evaluate: splits that the finished model is measured on.
+        views: of each image, whose scores are averaged there; after each epoch it is the centre crop alone.
         register_as: None leaves the registry alone.
         resume: go on from the newest checkpoint of a run of this name; what was finished is not done again.
     """
@@ -54,6 +55,7 @@ class Config(Strict):
     cluster: launch.Cluster = launch.Cluster()
     checkpoints: checkpoint.Config = checkpoint.Config()
     evaluate: tuple[Split, ...] = Field(default=("val",), min_length=1)
+    views: Views = "centre"
     tracking: runs.Config
     register_as: Registration | None = None
     resume: bool = False
@@ -90,6 +92,8 @@ def finished(name: str, config: Config, folder: Path) -> Outcome | None:
     if not all(file.exists() for file in files.values()):
         return None
     reports = {split: Report.model_validate_json(file.read_bytes(), strict=True) for split, file in files.items()}
+    if any(report.provenance.get("views", "centre") != config.views for report in reports.values()):
+        return None
     return Outcome(bundle.load(folder / "bundle"), reports, record.run_url, record.version)
 
 
@@ -144,7 +148,7 @@ def conduct(
                 system_metrics=tracking.system_metrics,
             )
         with _timed(seconds, "evaluate"):
-            reports = {split: _evaluate(made, source, split, folder, run) for split in config.evaluate}
+            reports = {split: _evaluate(made, source, split, config.views, folder, run) for split in config.evaluate}
         with _timed(seconds, "register"):
             version = register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
@@ -188,8 +192,8 @@ def prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence
     start.prepare(folder / start.INITIAL, model, weights, recipe.start, recipe.seed, classes)
 
 
-def _evaluate(made: Bundle, source: shards.Shards, split: Split, folder: Path, run: runs.Run) -> Report:
-    report = evaluation.evaluate(made, source, split)
+def _evaluate(made: Bundle, source: shards.Shards, split: Split, views: Views, folder: Path, run: runs.Run) -> Report:
+    report = evaluation.evaluate(made, source, split, views=views)
     report.record(run, folder / f"report-{split}.json")
     log.info("%s: %s", split, "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items()))
     return report

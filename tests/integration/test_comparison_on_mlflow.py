@@ -23,6 +23,7 @@ from pipeline.tracking import compare as comparison
 from pipeline.tracking import gate, registry, runs
 from pipeline.tracking.gate import Gate
 from pipeline.tracking.predictions import Origin, Predictions, merge
+from pipeline.types import Views
 
 EXPERIMENT = "zoo of nets"
 MODEL = "zoo-net"
@@ -37,7 +38,9 @@ class Zoo:
     client: MlflowClient
 
 
-def evaluation(source: shards.Shards, wrong: Sequence[int], weights: str, digest: str = "") -> Evaluation:
+def evaluation(
+    source: shards.Shards, wrong: Sequence[int], weights: str, digest: str = "", views: Views = "centre"
+) -> Evaluation:
     """What an evaluation of 13 real pictures would have found, repeated 30 times under other names."""
     rows = shards.read(source.path / source.manifest.of("val")[0].name, [0, 1], ["image_id", "label"])
     ids = rows.column("image_id").to_pylist()
@@ -51,6 +54,7 @@ def evaluation(source: shards.Shards, wrong: Sequence[int], weights: str, digest
         dataset_digest=digest or source.manifest.digest,
         weights_sha256=weights,
         classes=source.manifest.classes,
+        views=views,
     )
     said = merge([Predictions.of(origin, ids, labels, scores)])
     counts = Counts.of(scores, labels, 10.0 + len(list(wrong)))
@@ -61,7 +65,14 @@ def evaluation(source: shards.Shards, wrong: Sequence[int], weights: str, digest
 
 
 def leave_a_run(
-    uri: str, source: shards.Shards, folder: Path, recipe: str, seed: int, wrong: Sequence[int], digest: str = ""
+    uri: str,
+    source: shards.Shards,
+    folder: Path,
+    recipe: str,
+    seed: int,
+    wrong: Sequence[int],
+    digest: str = "",
+    views: Views = "centre",
 ) -> str:
     params = {"recipe.model.activation": recipe, "recipe.seed": str(seed), "cluster.num_workers": "2"}
     tags = {"dataset_digest": digest or source.manifest.digest}
@@ -71,7 +82,9 @@ def leave_a_run(
         for epoch in range(1, 4):
             values = {"train/loss": 1 / epoch, "val/top1": 1 - len(wrong) / 390 / epoch, "images_per_s": 100.0 * epoch}
             run.log_metrics(values | {"epoch_s": 3600.0 * epoch}, step=epoch)
-        evaluation(source, wrong, f"weights of {recipe} {seed}", digest).record(run, folder / f"{recipe}{seed}.json")
+        evaluation(source, wrong, f"weights of {recipe} {seed}", digest, views).record(
+            run, folder / f"{recipe}{seed}.json"
+        )
     return run.id
 
 
@@ -156,7 +169,8 @@ def test_compare_job_on_different_data_is_refused_with_the_exit_code_of_data(
         words = [other, zoo.runs["relu0"], f"storage={tmp_path}"]
         assert compare.main(words) == DataError.exit_code
         assert re.search(
-            r"error: the runs were evaluated on 2 different datasets \(.*ffffffffffff: elu", capsys.readouterr().err
+            r"error: the runs were evaluated on 2 different datasets or views \(.*ffffffffffff: elu",
+            capsys.readouterr().err,
         )
         assert not (tmp_path / "comparison.html").exists()
         assert compare.main([*words, "compare.mixed=true"]) == 0
@@ -256,10 +270,13 @@ def test_gate_of_the_lucky_seed_of_a_worse_recipe_does_not_hold(
             zoo.client.delete_run(run_id)
 
 
-def test_gate_of_versions_on_different_data_or_without_evidence_does_not_hold(
-    zoo: Zoo, stripes: shards.Shards, tmp_path: Path
+@pytest.mark.parametrize(
+    ("digest", "views", "told"), [("f" * 64, "centre", "ffffffffffff"), ("", "ten_crop", r"000000000000 (ten_crop)")]
+)
+def test_gate_of_versions_on_different_data_or_views_or_without_evidence_does_not_hold(
+    zoo: Zoo, stripes: shards.Shards, tmp_path: Path, digest: str, views: Views, told: str
 ) -> None:
-    elsewhere = leave_a_run(zoo.uri, stripes, tmp_path, "gelu", 0, range(1), digest="f" * 64)
+    elsewhere = leave_a_run(zoo.uri, stripes, tmp_path, "gelu", 0, range(1), digest, views)
     try:
         made = [
             zoo.client.create_model_version(
@@ -271,7 +288,7 @@ def test_gate_of_versions_on_different_data_or_without_evidence_does_not_hold(
         foreign = registry.resolve(zoo.uri, f"{MODEL}/{made[0].version}")
         found = gate.decide(zoo.uri, foreign, holder, Gate())
         assert not found.holds
-        assert "it was evaluated on data ffffffffffff, but zoo-net/1 on 000000000000" in found.reason
+        assert f"it was evaluated on data {told}, but zoo-net/1 on 000000000000;" in found.reason
         unknown = registry.resolve(zoo.uri, f"{MODEL}/{made[1].version}")
         found = gate.decide(zoo.uri, unknown, holder, Gate())
         assert f"{MODEL}/{made[1].version} was never evaluated image by image on 'val'" in found.reason

@@ -18,14 +18,14 @@ from pipeline.data.datasets import image_folder, uri_list
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
 from pipeline.data.rows import make_shard
-from pipeline.data.transforms.classify import Augment
+from pipeline.data.transforms.classify import Augment, evaluation
 from pipeline.errors import DataError
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.live import evaluate as count
 from pipeline.evaluation.run import evaluate
 from pipeline.inference import bulk, bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.types import Record
+from pipeline.types import InputSpec, Record
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -195,6 +195,25 @@ def test_evaluation_of_103_images_is_exact_on_any_number_of_tasks(made: shards.S
     assert reports[0].filters is not None
     assert (reports[0].errors is None) == bool(said.right().all())
     assert Counts.empty(2).num_images == 0
+
+
+def test_evaluation_by_ten_views_averages_the_scores_of_ten_forward_passes(
+    made: shards.Shards, model: Bundle, tmp_path: Path
+) -> None:
+    config = model.card.model.model_copy(update={"input": InputSpec((28, 28), resize_short=32)})
+    network = models.build(config).eval()
+    ten = bundle.save(tmp_path / "b", network, config, classes=("bright", "dark"))
+    report = evaluate(ten, made, "val", views="ten_crop")
+    assert report.provenance["views"] == report.predictions.origin.views == "ten_crop"
+    said = dict(zip(report.predictions.ids, report.predictions.label_scores, strict=True))
+    for row in shards.read(made.path / made.manifest.of("val")[0].name, [0]).to_pylist():
+        square = torch.from_numpy(evaluation(row["image"], InputSpec((32, 32), resize_short=32))[0])
+        windows = [
+            square[:, top : top + 28, left : left + 28] for top, left in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))
+        ]
+        with torch.no_grad():
+            passes = [network(Batch(view[None])).softmax(1) for window in windows for view in (window, window.flip(2))]
+        assert said[row["image_id"]] == pytest.approx(float(torch.cat(passes).mean(0)[row["label"]]), abs=1e-5)
 
 
 def test_evaluation_of_a_flipped_byte_or_other_classes_is_refused(made: shards.Shards, model: Bundle) -> None:

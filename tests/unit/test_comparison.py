@@ -227,9 +227,13 @@ def test_judge_runs_of_different_data_are_refused_or_shown_untested() -> None:
     trials = two_recipes(60)
     trials[0] = replace(trials[0], digest="e" * 64)
     with pytest.raises(
-        DataError, match=r"2 different datasets \(e{12}: net-tanh-s0; d{12}: .*compare runs of one known"
+        DataError, match=r"2 different datasets or views \(e{12}: net-tanh-s0; d{12}: .*compare runs of one known"
     ):
         judge(groups.by_recipe(trials)[0])
+    views = two_recipes(60)
+    views[0] = replace(views[0], views="ten_crop")
+    with pytest.raises(DataError, match=r"\(d{12} \(ten_crop\): net-tanh-s0; d{12}: "):
+        judge(groups.by_recipe(views)[0])
     mixed = conclude("", trials, Config(mixed=True))
     assert mixed.verdict.champion is None
     assert mixed.verdict.contrasts[0].p is None

@@ -12,6 +12,7 @@ from pipeline.batch import Batch
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.live import all_reduce, autocast, evaluate
 from pipeline.models._contract import Classifier
+from pipeline.types import Float32Array, InputSpec
 
 
 @pytest.fixture
@@ -20,11 +21,11 @@ def model() -> Classifier:
     return models.build(models.config_of("lenet5")(name="lenet5", num_classes=4))
 
 
-def batches(*sizes: int) -> list[Batch]:
+def batches(*sizes: int, side: int = 28) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     return [
         Batch(
-            torch.randint(0, 256, (size, 3, 28, 28), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator),
             torch.randint(0, 4, (size,), generator=generator),
         )
         for size in sizes
@@ -41,6 +42,23 @@ def test_evaluate_counts_every_image_and_weighs_the_loss_by_batch_size(model: Cl
     assert counts.num_images == 7
     assert counts.metrics()["loss"] == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
     assert counts.metrics()["top1"] == pytest.approx(float((logits.argmax(1) == targets).float().mean()))
+
+
+def test_evaluate_of_ten_views_averages_the_scores_of_ten_forward_passes() -> None:
+    torch.manual_seed(0)
+    model = models.build(models.config_of("lenet5")(name="lenet5", num_classes=4)).eval()
+    model.spec = InputSpec(size_hw=(28, 28), resize_short=34)
+    (batch,), seen = batches(6, side=34), list[Float32Array]()
+    counts = evaluate(model, [batch], 4, watch=lambda _, scores: seen.append(scores), views="ten_crop")
+    corners = [(top, left) for top in (0, 6) for left in (0, 6)]
+    windows = [batch.images[:, :, top : top + 28, left : left + 28] for top, left in [*corners, (3, 3)]]
+    with torch.no_grad():
+        passes = [model(Batch(view)).softmax(1) for window in windows for view in (window, window.flip(3))]
+    mean = sum(passes[1:], passes[0]) / 10
+    np.testing.assert_allclose(seen[0], mean.numpy(), atol=1e-6)
+    assert not np.allclose(seen[0], passes[8].numpy(), atol=1e-3)  # the centre alone
+    assert batch.targets is not None
+    assert counts.metrics()["loss"] == pytest.approx(float(F.nll_loss(mean.log(), batch.targets)), rel=1e-5)
 
 
 def test_evaluate_leaves_the_model_in_evaluation_mode_and_without_gradients(model: Classifier) -> None:

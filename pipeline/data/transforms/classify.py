@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
+from torch import Tensor
 
 from pipeline import imaging
 from pipeline.config import Strict
 from pipeline.data.transforms.resizing import resize
 from pipeline.errors import ConfigError
-from pipeline.types import Frame, InputSpec, UInt8Array
+from pipeline.types import Frame, InputSpec, UInt8Array, Views
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -181,25 +183,32 @@ def least_short(spec: InputSpec, augment: Augment) -> int | None:
     return None if augment.crop == "resized" else _least_short(spec)
 
 
-def ten_crop(data: bytes, spec: InputSpec, decoding: imaging.Decoding = imaging.DEFAULT) -> UInt8Array:
-    """The ten views whose scores are averaged in testing: uint8 [10, C, H, W] (Krizhevsky et al. 2012, section 4.1).
+def shown(spec: InputSpec, views: Views) -> InputSpec:
+    """What `evaluation` has to show of a picture so that `cut` finds all the views of it there."""
+    if views != "ten_crop" or spec.resize_short is None:
+        return spec
+    return replace(spec, size_hw=(spec.resize_short, spec.resize_short))
 
-    Windows of the input's size from the centre square of side `resize_short` (section 2: the short side is scaled to
-    256, then the central 256 x 256 cut out): top left, top right, bottom left, bottom right, centre, then the mirror
-    images of these in the same order. Without `resize_short` the five windows are one and the same.
 
-    Raises:
-        ImageError: the bytes are not an image this project accepts.
+def cut(pictures: Tensor, spec: InputSpec, views: Views) -> list[Tensor]:
+    """The views of some pictures, each [B, C, H, W]: the windows, then the mirror images of these in the same order.
+
+    The windows of `ten_crop` lie in the centre square of side `resize_short` (Krizhevsky et al. 2012, section 2): top
+    left, top right, bottom left, bottom right, centre (section 4.1). Without `resize_short` the five are one and the
+    same, and the result is that of `flip`.
+
+    Args:
+        pictures: uint8 [B, C, h, w] as `shown` asks for them.
+        spec: what the model expects of an image.
     """
-    image = imaging.decode(data, _for_channels(decoding, spec), min_short=_least_short(spec))
-    pixels, (height, width) = _resize_short(image, spec), spec.size_hw
-    if spec.resize_short is not None:
-        pixels = _cut_centre(pixels, (spec.resize_short, spec.resize_short))
-    bottom, right = pixels.shape[1] - height, pixels.shape[2] - width
-    corners = ((0, 0), (0, right), (bottom, 0), (bottom, right))
-    windows = [pixels[:, top : top + height, left : left + width] for top, left in corners]
-    views = np.stack([*windows, _cut_centre(pixels, spec.size_hw)])
-    return np.concatenate([views, views[..., ::-1]])
+    if views == "centre":
+        return [pictures]
+    height, width = spec.size_hw
+    bottom, right = pictures.shape[2] - height, pictures.shape[3] - width
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)] if views == "ten_crop" else []
+    places = [*corners, _centred((pictures.shape[2], pictures.shape[3]), spec.size_hw)]
+    windows = [pictures[:, :, top : top + height, left : left + width] for top, left in places]
+    return [*windows, *(window.flip(3) for window in windows)]
 
 
 def _for_channels(decoding: imaging.Decoding, spec: InputSpec) -> imaging.Decoding:

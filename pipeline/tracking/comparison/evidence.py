@@ -42,6 +42,7 @@ class Trial:
         seconds: of training, summed over its epochs, so without the time that it lay still before it was resumed; from
             its start to its end where it did not log them.
         digest: of the dataset that it was evaluated on, "" where the run does not say.
+        views: of each image, that were averaged there.
         source: where that dataset's shards were, "" where unknown.
         curves: (step, value) by metric, for those of `CURVES`, `SPEED` and `SECONDS` that it has.
         predictions: what it said of every image, where it logged that.
@@ -63,6 +64,13 @@ class Trial:
     curves: Mapping[str, Points] = field(default_factory=dict)
     predictions: Predictions | None = None
     version: str = ""
+    views: str = "centre"
+
+    @property
+    def measured_on(self) -> str:
+        """The data and the views, for people: figures of others answer another question."""
+        data = self.digest[:12] or "unknown data"
+        return data if self.views == "centre" else f"{data} ({self.views})"
 
     def value(self, metric: Metric) -> float:
         """The metric on the split: counted again from the predictions, or as logged.
@@ -194,6 +202,7 @@ def _trial(uri: str, run: Any, split: Split, version: str = "") -> Trial:
         digest=tags.get("digest", data.tags.get("dataset_digest", "")),
         source=source,
         version=version,
+        views=data.tags.get(predictions.views_tag(split), "centre"),
     )
 
 

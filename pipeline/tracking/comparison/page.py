@@ -84,7 +84,7 @@ def _answer(verdict: Verdict, notes: Sequence[str]) -> str:
     data = "" if told is None or told.predictions is None else (
         f"{len(told.predictions):,} images of {told.predictions.origin.dataset}, "
     )  # fmt: skip
-    facts = f"{data}split {first.split}, data {first.digest[:12] or 'unknown'}; decided by {NAMES[verdict.metric]}."
+    facts = f"{data}split {first.split}, data {first.measured_on}; decided by {NAMES[verdict.metric]}."
     if not verdict.comparable:
         kind, facts = "refused", "The runs were evaluated on different or unknown data: see the list of runs."
     sentence = escape(verdict.sentence()).replace(" %", "&nbsp;%")

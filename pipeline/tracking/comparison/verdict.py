@@ -138,7 +138,7 @@ def judge(groups: Sequence[Group], metric: Metric = "top1", alpha: float = ALPHA
         groups: at least one.
         metric: that decides.
         alpha: share of false alarms that is accepted among all contrasts together.
-        mixed: go on where groups were evaluated on different or unknown data; nothing is tested then.
+        mixed: go on where groups were evaluated on different or unknown data or by other views; nothing is tested then.
 
     Raises:
         DataError: the data differ or are unknown, and `mixed` is not set.
@@ -232,17 +232,19 @@ def probability(p: float) -> str:
 
 
 def _check_data(trials: Sequence[Trial], *, mixed: bool) -> bool:
-    by_digest: dict[str, list[str]] = {}
+    by_data: dict[tuple[str, str], list[str]] = {}
     for trial in trials:
-        by_digest.setdefault(trial.digest, []).append(trial.name)
-    if len(trials) == 1 or (len(by_digest) == 1 and "" not in by_digest):
+        by_data.setdefault((trial.digest, trial.measured_on), []).append(trial.name)
+    are_known = all(digest for digest, _ in by_data)
+    if len(trials) == 1 or (len(by_data) == 1 and are_known):
         return True
     if not mixed:
-        told = "; ".join(f"{digest[:12] or 'unknown data'}: {_listed(names)}" for digest, names in by_digest.items())
-        several = "unknown data" if len(by_digest) == 1 else f"{len(by_digest)} different datasets"
+        told = "; ".join(f"{data}: {_listed(names)}" for (_, data), names in by_data.items())
+        several = "unknown data" if len(by_data) == 1 else f"{len(by_data)} different datasets or views"
         raise DataError(
             f"the runs were evaluated on {several} ({told}), so that their metrics may answer different questions; "
-            "compare runs of one known dataset, or set mixed=true to see them side by side untested"
+            "compare runs of one known dataset and one kind of views, or set mixed=true to see them side by side "
+            "untested"
         )
     return False
 
