@@ -36,6 +36,7 @@ class Evaluate(Job):
 def evaluate(job: Evaluate) -> None:
     """Measure, write the report, and log both to MLflow."""
     source = shards.load(job.store / job.shards)
+    shards.check_labels(source, [job.split])
     with tracking_uri(job.store) as uri:
         bundle = bundle_of(job.model, uri, job.store)
         with (

@@ -11,7 +11,6 @@ import psutil
 from pydantic import Field
 
 from jobs._run import Job, run, tracking_uri
-from pipeline.data import shards
 from pipeline.evaluation import figures
 from pipeline.tracking import registry
 from pipeline.training import experiment, start
@@ -38,7 +37,7 @@ class Find(Job):
 
 def find(job: Find) -> None:
     """Look, and say what to write into the YAML. Runs in this process: neither Ray nor workers are started."""
-    source, begins = shards.load(job.store / job.training.shards), job.training.recipe.start
+    source, begins = experiment.source_of(job.training, job.store), job.training.recipe.start
     asks_registry = begins is not None and begins.weights.startswith(start.REGISTERED)
     with tracking_uri(job.store) if asks_registry else nullcontext("") as uri:
         search = Search.of(job.training, source, (job.data_folder, job.store), uri)

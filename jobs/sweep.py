@@ -11,7 +11,6 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from jobs._run import Job, ray_session, run, tracking_uri
-from pipeline.data import shards
 from pipeline.tracking import registry
 from pipeline.tracking.comparison.table import grid
 from pipeline.training import experiment, outcomes, sweep, trials
@@ -50,7 +49,7 @@ class Sweep(Job):
 def search(job: Sweep) -> None:
     """Do it, and print the table."""
     found = job.planned
-    shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
+    experiment.source_of(job.training, job.store)  # what is missing is found before anything starts
     print(f"{len(found)} trials of {', '.join(job.sweep.keys) or 'the training as it is'}", flush=True)
     num_cpus = job.sweep.concurrent * max(trial.training.num_cpus() for trial in found)
     with tracking_uri(job.store) as uri:

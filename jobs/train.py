@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from jobs._run import Job, ray_session, run, tracking_uri
-from pipeline.data import shards
 from pipeline.tracking import registry
 from pipeline.training import experiment, launch
 
@@ -36,7 +35,7 @@ def train(job: Train) -> None:
 
 
 def _conduct(job: Train) -> experiment.Outcome:
-    shards.load(job.store / job.training.shards)  # what is missing is found before anything starts
+    experiment.source_of(job.training, job.store)  # what is missing is found before anything starts
     with tracking_uri(job.store) as uri, ray_session(job.store, job.training.num_cpus()):
         return experiment.conduct(job.name, job.training, storage=job.store, uri=uri, roots=(job.data_folder,))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -245,6 +245,22 @@ def check(shards: Shards, split: Split) -> None:
             raise DataError(
                 f"{path}: sha256 differs from the manifest (expected {shard.sha256[:12]}, got {found[:12]}); "
                 "copy it again or re-run jobs.preprocess"
+            )
+
+
+def check_labels(shards: Shards, splits: Iterable[Split]) -> None:
+    """Make sure that every image of some splits has a class, as classifiers need it.
+
+    Raises:
+        DataError: there is no such split, or it has images without a class.
+    """
+    for split in splits:
+        total = shards.manifest.num_rows(split)
+        missing = total - sum(shards.manifest.class_counts.get(split, ()))
+        if missing > 0:
+            raise DataError(
+                f"{shards.path}: expected a class for each image of '{split}', but {missing} of {total} have none, as "
+                "in a dataset for detection; a classifier needs shards of a dataset whose images have classes"
             )
 
 

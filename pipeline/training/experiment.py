@@ -77,6 +77,17 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def source_of(config: Config, storage: Path) -> shards.Shards:
+    """The dataset of a run, with a class for every image of the splits that the run uses.
+
+    Raises:
+        DataError: there is none, or it is another kind of dataset.
+    """
+    source = shards.load(storage / config.shards)
+    shards.check_labels(source, ("train", "val", *config.evaluate))
+    return source
+
+
 def finished(name: str, config: Config, folder: Path) -> Outcome | None:
     """What a run has left behind that is resumed with nothing left to do; else None.
 
@@ -119,7 +130,7 @@ def conduct(
     launch.check_folder(folder, config.checkpoints, resume=config.resume)
     if done := finished(name, config, folder):
         return done
-    source, recipe = shards.load(storage / config.shards), config.recipe.model_dump(mode="json")
+    source, recipe = source_of(config, storage), config.recipe.model_dump(mode="json")
     _check_start(name, recipe, folder)
     used: tuple[Split, ...] = ("train", "val")
     for split in used:

@@ -246,7 +246,7 @@ def test_judge_runs_of_unknown_data_are_refused_too() -> None:
     unknown = [replace(trial(name, recipe(name, 0), None), digest="") for name in "ab"]
     with pytest.raises(DataError, match=r"evaluated on unknown data \(unknown data: a and b\)"):
         judge(groups.by_recipe(unknown)[0])
-    with pytest.raises(DataError, match=r"2 different datasets \(unknown data: a; d{12}: c\)"):
+    with pytest.raises(DataError, match=r"2 different datasets or views \(unknown data: a; d{12}: c\)"):
         judge(groups.by_recipe([unknown[0], trial("c", recipe("c", 0), [1])])[0])
     assert judge(groups.by_recipe(unknown)[0], mixed=True).comparable is False
     assert judge(groups.by_recipe(unknown[:1])[0]).sentence().startswith("Only a is here")

@@ -139,6 +139,16 @@ def test_load_of_bytes_that_are_no_json_is_a_data_error(tmp_path: Path, data: by
         shards.load(tmp_path)
 
 
+def test_images_without_a_class_are_no_data_for_a_classifier(stripes: shards.Shards) -> None:
+    shards.check_labels(stripes, ("train", "val"))
+    partly = stripes.manifest.model_copy(update={"class_counts": {"train": (20, 20), "val": (7, 5)}})
+    shards.check_labels(shards.Shards(stripes.path, partly), ["train"])
+    with pytest.raises(DataError, match="expected a class for each image of 'val', but 1 of 13 have none"):
+        shards.check_labels(shards.Shards(stripes.path, partly), ("train", "val"))
+    with pytest.raises(DataError, match="has no split 'test'"):
+        shards.check_labels(stripes, ["test"])
+
+
 @pytest.mark.parametrize(("split", "count", "files"), [("train", 40, 2), ("val", 13, 1)])
 def test_manifest_counts_the_rows_of_a_split(stripes: shards.Shards, split: Split, count: int, files: int) -> None:
     assert stripes.manifest.num_rows(split) == count
