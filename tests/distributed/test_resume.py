@@ -35,9 +35,11 @@ RECIPE: dict[str, Any] = {
     "augment": {"crop": "none", "flip": True},
     "mixing": {"mixup": 0.2},
     "optim": {"lr": 0.01},
+    "ema": {"decay": 0.9},
+    "keep_best": True,
     "epochs": 2,
 }
-"""Dropout, mixing, running statistics, a schedule; 20 steps an epoch for one process, 6 for three."""
+"""Dropout, mixing, running statistics, averages, a schedule; 20 steps an epoch for one process, 6 for three."""
 
 
 class Listed(Loader):

@@ -21,14 +21,15 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from jobs._process import Service
+from jobs import _stack
+from jobs._process import Service, stop
 from pipeline import models
-from pipeline.config import validate
+from pipeline.config import parse, validate
 from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.errors import DataError
 from pipeline.inference.bundle import Bundle, load
-from pipeline.training import launch
+from pipeline.training import experiment, launch
 from pipeline.training.checkpoint import Config, Store
 from pipeline.training.loop import Recipe, fit
 
@@ -195,6 +196,47 @@ def test_job_that_is_stopped_and_then_killed_goes_on_when_it_is_resumed(
     assert [line for line in again.splitlines() if line.startswith(("val ", "bundle ", "run "))] == [
         line for line in said.splitlines() if line.startswith(("val ", "bundle ", "run "))
     ]
+
+
+def test_server_that_dies_in_mid_training_misses_nothing(cluster: None, stripes: shards.Shards, tmp_path: Path) -> None:
+    server = _stack.mlflow_server(tmp_path / "server", timeout_s=PATIENCE_S)
+    uri, folder = server.address, tmp_path / "runs" / "run"
+    raw: dict[str, Any] = {
+        "shards": str(stripes.path),
+        "recipe": RECIPE,
+        "cluster": {"num_workers": 2},
+        "checkpoints": {"every_steps": 1},
+        "tracking": {"experiment": "outage", "system_metrics": True},
+        "register_as": {"model": "striped"},
+    }
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            given = parse(experiment.Config, raw, "here")
+            result = pool.submit(experiment.conduct, "run", given, storage=tmp_path, uri=uri)
+            wait_for(lambda: is_inside_an_epoch(folder, 1), lambda: not result.done())
+            os.killpg(server.pid, signal.SIGKILL)
+            stop(server)
+            reached = launch.store_of(folder).positions()[-1].epoch
+            wait_for(lambda: is_inside_an_epoch(folder, reached + 5), lambda: not result.done())  # it trains on
+            server = _stack.mlflow_server(tmp_path / "server", int(uri.rpartition(":")[2]), timeout_s=PATIENCE_S)
+            made = result.result(PATIENCE_S)
+        client = MlflowClient(uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("outage").experiment_id])
+        assert run.info.status == "FINISHED"
+        for key in ("train/loss", "val/loss", "lr"):
+            told = [point.step for point in client.get_metric_history(run.info.run_id, key)]
+            assert sorted(told) == list(range(1, RECIPE["epochs"] + 1))
+        assert any(key.startswith("system/") for key in run.data.metrics)
+        assert client.get_model_version_by_alias("striped", "champion").run_id == run.info.run_id
+
+        # And another training can start from what was registered.
+        recipe = RECIPE | {"start": {"weights": "models:/striped@champion", "head": "keep"}, "epochs": 1}
+        unmoved = raw | {"recipe": recipe | {"optim": {"lr": 1e-12}}, "register_as": None}
+        again = experiment.conduct("again", parse(experiment.Config, unmoved, "here"), storage=tmp_path, uri=uri)
+        assert again.reports["val"].confusion == made.reports["val"].confusion
+        assert again.reports["val"].metrics["loss"] == pytest.approx(made.reports["val"].metrics["loss"], rel=1e-4)
+    finally:
+        stop(server)
 
 
 @contextmanager
