@@ -200,7 +200,8 @@ def test_evaluation_of_103_images_is_exact_on_any_number_of_tasks(made: shards.S
 def test_evaluation_by_ten_views_averages_the_scores_of_ten_forward_passes(
     made: shards.Shards, model: Bundle, tmp_path: Path
 ) -> None:
-    config = model.card.model.model_copy(update={"input": InputSpec((28, 28), resize_short=32)})
+    spec = dataclasses.replace(model.card.model.input, resize_short=32)
+    config = model.card.model.model_copy(update={"input": spec})
     network = models.build(config).eval()
     ten = bundle.save(tmp_path / "b", network, config, classes=("bright", "dark"))
     report = evaluate(ten, made, "val", views="ten_crop")
