@@ -73,8 +73,8 @@ def test_record_gives_the_run_report_predictions_figures_and_the_tag(tmp_path: P
     drawn = {f"figures/val-{name}.png" for name in names}
     metrics = {f"final/val/{name}" for name in ("top1", "top5", "mean_recall", "macro_f1", "loss", "ece", "mean_ap")}
     files = {"report.json", "predictions-val.parquet", "figures/errors-val.png"}
-    assert run.given.keys() == drawn | metrics | files | {"evaluated.val"}
-    assert run.given["evaluated.val"] == "w" * 64
+    assert run.given.keys() == drawn | metrics | files | {"evaluated.val", "views.val"}
+    assert (run.given["evaluated.val"], run.given["views.val"]) == ("w" * 64, "centre")
     assert read(tmp_path / "predictions-val.parquet").table().equals(found.predictions.table())
     plain = Report.model_validate_json((tmp_path / "report.json").read_text(), strict=True)
     assert plain.metrics == found.metrics
