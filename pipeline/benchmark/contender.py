@@ -104,10 +104,11 @@ class Entry(NamedTuple):
         return make(setting)
 
 
+LIMIT, LOCAL, RAY = "bare processes", "ventral local", "ventral ray"
 CONTENDERS = {
-    "bare processes": Entry("bare", "limit"),
-    "ventral local": Entry("ventral", "own"),
-    "ventral ray": Entry("ventral", "own", reader="ray"),
+    LIMIT: Entry("bare", "limit"),
+    LOCAL: Entry("ventral", "own"),
+    RAY: Entry("ventral", "own", reader="ray"),
     "ventral local, decoded shards": Entry("ventral", "own", stored="decoded"),
     "DataLoader, same decoder": Entry("torch_loader", "peer"),
     "DataLoader, as documented": Entry("torch_loader", "peer", "documented"),
@@ -116,4 +117,3 @@ CONTENDERS = {
     "mosaicml-streaming, same decoder": Entry("mosaicml", "peer", needs="streaming"),
     "mosaicml-streaming, as documented": Entry("mosaicml", "peer", "documented", needs="streaming"),
 }
-LIMIT = "bare processes"

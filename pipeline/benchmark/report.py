@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pydantic import Field
 
 from pipeline.benchmark.block import Figures
-from pipeline.benchmark.contender import CONTENDERS, LIMIT, Decoder
+from pipeline.benchmark.contender import CONTENDERS, LIMIT, LOCAL, RAY, Decoder
 from pipeline.benchmark.rounds import Facts, Spread, aligned, circumstances, spread
 from pipeline.config import Strict
 
@@ -90,6 +90,8 @@ def _ratio(found: Spread | None) -> str:
 
 def _sentences(report: Report) -> list[str]:
     lines = [f"{name}: left out, '{library}' is not installed" for name, library in report.missing.items()]
+    if RAY in report.rounds[0] and (ours := report.ratio(RAY, [LOCAL])) is not None:
+        lines.append(f"{RAY} / {LOCAL}: {ours.shown(2)}")
     conversion = report.conversion
     if conversion is not None:
         lines.append(f"{conversion.num_images} original photos to short side 256 in shards, images/s:")

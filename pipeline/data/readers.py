@@ -146,6 +146,7 @@ def _run_nothing(num_tasks: int, decode_on: dict[str, str]) -> None:
     """A pipeline like that of `on_ray`, which starts the same processes and Ray Data's own actors."""
     import ray.data  # noqa: PLC0415
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # of this process, which tells people nothing
     _set_context(num_tasks, decode_on, max_block_bytes=1)
     tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
     tasks.map_batches(_unchanged, batch_size=1).materialize()

@@ -167,6 +167,10 @@ def test_table_has_a_line_for_each_contender_and_names_what_is_missing() -> None
     assert lines[1].startswith(BARE)
     assert "90 (90..90)  0.90 (0.90..0.90)" in lines[2]
     assert "webdataset, same decoder: left out, 'webdataset' is not installed" in lines
+    both = table(
+        report({OURS: figures(100), "ventral ray": figures(94)}, {OURS: figures(50), "ventral ray": figures(43)})
+    )
+    assert "ventral ray / ventral local: 0.90 (0.86..0.94)" in both.splitlines()
 
 
 @pytest.mark.parametrize(("share", "is_said"), [(0.04, False), (0.30, True)])
