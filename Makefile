@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help install quickstart up down test test-slow test-quick chaos lint types format lock clean
+.PHONY: help install quickstart up down test test-slow test-long test-quick chaos lint types format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -29,10 +29,13 @@ down: install  ## stop what `make up` left running
 
 test: install  ## style, types, architecture, all tests but the slow ones
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not long"
 
 test-slow: install  ## kills, full disks, whole roads, stopped jobs; CI runs them too
 	$(BIN)/pytest -m slow
+
+test-long: install  ## a whole sweep, a folder of photos to an endpoint by the README's commands; minutes each
+	$(BIN)/pytest -m long
 
 test-quick: install  ## the tests that need no Ray and no server
 	$(BIN)/pytest tests/unit tests/contract tests/house

@@ -61,7 +61,7 @@ def readme_commands() -> list[list[str]]:
     return [line.removeprefix("python -m ").split() for line in block.strip().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_own_folder_to_endpoint_in_the_three_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
     preprocess, train, deploy = readme_commands()
     at = [word.replace("root=photos", f"root={photos}") for word in preprocess]

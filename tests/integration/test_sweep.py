@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.training import experiment, sweep, trials
 from pipeline.training.outcomes import Place, best_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 EXPERIMENT = "sweep-test"
 TRAINING: dict[str, Any] = {
