@@ -36,8 +36,8 @@ class Sweep(Job):
         return trials.expand(self.name, self.training, self.sweep)
 
     @model_validator(mode="after")
-    def _has_trials(self) -> Self:
-        assert self.planned
+    def _is_whole(self) -> Self:
+        _ = self.planned  # raises what is wrong with a trial, also where Python leaves out assertions
         return self
 
     def remarks(self) -> Iterator[str]:

@@ -15,7 +15,6 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline import imaging, provenance, storage
@@ -90,6 +89,7 @@ def _finished(
     before = _existing(destination)
     classes = datasets.class_names(dataset)
     asked: dict[str, Any] = {"dataset": dataset.model_dump(mode="json"), "ingest": config.model_dump(mode="json")}
+    earlier: list[dict[str, Any]] = []  # rejects
     if before is not None:
         _check_same(before, asked, classes)
     with work.listing_folder(destination) as folder:
@@ -101,7 +101,8 @@ def _finished(
         if before is not None:
             if not append and asked["files_sha256"] == before.manifest.config.get("files_sha256"):
                 return before
-            listings = {split: _only_new(found, before, split, config) for split, found in listings.items()}
+            earlier = shards.rejects(before)
+            listings = {split: _only_new(found, before, earlier, split, config) for split, found in listings.items()}
             if not sum(map(len, listings.values())):
                 return before
             if not append:
@@ -114,7 +115,7 @@ def _finished(
     _make(parts, place, config, progress)
     made = [(part, place.receipt(part)) for part in parts]
     _check_rejects(made, config)
-    rejects = [*_still_rejected(before, parts, place), *_named(made, classes)]
+    rejects = [*_still_rejected(earlier, parts, place), *_named(made, classes)]
     manifest = _manifest(dataset, config, classes, asked, made, before, len(rejects))
     return place.publish(manifest, rejects)
 
@@ -128,10 +129,12 @@ def _listed(
     return plan.write_listing(folder / f"{split}.jsonl", records)
 
 
-def _only_new(listing: plan.Listing, before: shards.Shards, split: Split, config: Config) -> plan.Listing:
+def _only_new(
+    listing: plan.Listing, before: shards.Shards, rejects: list[dict[str, Any]], split: Split, config: Config
+) -> plan.Listing:
     """The images that a dataset does not hold; of those that it has turned away, the ones that were mended since."""
     seen = plan.Seen(_stored(before, split), config)
-    rejected = {row["image_id"] for row in _rejects(before) if row["split"] == split and row["reason"] != "box"}
+    rejected = {row["image_id"] for row in rejects if row["split"] == split and row["reason"] != "box"}
 
     def is_new(record: Record) -> bool:
         return not seen.holds(record) and (record.image_id not in rejected or rows.is_usable(record, config))
@@ -149,14 +152,8 @@ def _stored(before: shards.Shards, split: Split) -> Iterator[dict[str, Any]]:
                 yield from shards.read(before.path / shard.name, [group], plan.Seen.COLUMNS).to_pylist()
 
 
-def _rejects(before: shards.Shards) -> list[dict[str, Any]]:
-    tables = (pq.read_table(before.path / name, schema=shards.REJECT_SCHEMA) for name in before.manifest.rejects)
-    return [row for table in tables for row in table.to_pylist()]
-
-
-def _still_rejected(before: shards.Shards | None, parts: list[Part], place: Work) -> list[dict[str, Any]]:
+def _still_rejected(rejects: list[dict[str, Any]], parts: list[Part], place: Work) -> list[dict[str, Any]]:
     """What a dataset has turned away, without the images that are read again."""
-    rejects = [] if before is None else _rejects(before)
     known = {(row["split"], row["image_id"]) for row in rejects}
     again = known.intersection((part.split, record.image_id) for part in parts for record in place.records(part))
     return [row for row in rejects if (row["split"], row["image_id"]) not in again]

@@ -70,9 +70,8 @@ def write_listing(path: Path, records: Iterable[Record]) -> Listing:
             offsets.append(at)
             at += file.write(json.dumps(fields).encode() + b"\n")
     found = Listing(path, offsets, keys, digest.hexdigest())
-    twice = next(_repeated([found]), None)
-    if twice is not None:
-        raise _twice(twice)
+    for record in _repeated([found]):
+        raise DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
     return found
 
 
@@ -239,10 +238,6 @@ def _repeated(listings: Collection[Listing]) -> Iterator[Record]:
         with found.path.open("rb") as file:
             records = (_from_json(json.loads(line)) for line in file)
             yield from (record for record in records if _key(record.image_id) in twice)
-
-
-def _twice(record: Record) -> DataError:
-    return DataError(f"image id '{record.image_id}' is there twice in split '{record.split}'; rename one")
 
 
 def _key(text: str) -> int:

@@ -264,6 +264,15 @@ def check_labels(shards: Shards, splits: Iterable[Split]) -> None:
             )
 
 
+def rejects(shards: Shards) -> list[dict[str, Any]]:
+    """What a dataset has turned away, rows of `REJECT_SCHEMA`.
+
+    Raises:
+        DataError: a list of rejects cannot be read.
+    """
+    return [row for name in shards.manifest.rejects for row in _rejects(shards.path / name)]
+
+
 def sha256(path: Path) -> str:
     """The checksum of a file, as manifests have it."""
     with path.open("rb") as file:
@@ -352,3 +361,11 @@ def read(path: Path, row_groups: Sequence[int], columns: Sequence[str] | None = 
 
 def _added(mine: Sequence[int], theirs: Sequence[int]) -> tuple[int, ...]:
     return tuple(left + right for left, right in zip(mine, theirs, strict=True))
+
+
+def _rejects(path: Path) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = pq.read_table(path, schema=REJECT_SCHEMA).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}; run jobs.preprocess") from None
+    return found

@@ -13,17 +13,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline import boxes, imaging, storage
 from pipeline.data import shards
-from pipeline.errors import DataError, ImageError
+from pipeline.errors import ImageError
 from pipeline.types import Float32Array, Int64Array, Split, UInt8Array
 
 Colour = tuple[int, int, int]
@@ -121,7 +118,7 @@ def of_rejects(source: shards.Shards, seed: int = 0, tile_px: int = 128) -> byte
     """
     if not source.manifest.num_rejects:
         return None
-    rejects = [row for name in source.manifest.rejects for row in _rejects(source.path / name)]
+    rejects = shards.rejects(source)
     if not rejects:  # the manifest says otherwise, which is for verification to find
         return None
     order = np.random.default_rng(seed).permutation(len(rejects))[:MAX_REJECTS]
@@ -187,14 +184,6 @@ def _name(manifest: shards.Manifest, label: int | None) -> str:
     if label is None:
         return ""
     return manifest.classes[label] if 0 <= label < len(manifest.classes) else f"class {label}?"
-
-
-def _rejects(path: Path) -> list[dict[str, Any]]:
-    try:
-        found: list[dict[str, Any]] = pq.read_table(path, schema=shards.REJECT_SCHEMA).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}; run jobs.preprocess") from None
-    return found
 
 
 def _reject_tile(row: dict[str, Any]) -> Tile:

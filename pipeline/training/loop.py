@@ -298,16 +298,15 @@ class _Run:
 
     def endless_batches(self) -> Iterator[Batch]:
         """Those of one epoch after another, for steps that do not count."""
-        assert self.loader.steps_per_epoch  # or an error that says why there are none
         for epoch in itertools.count():
-            for batch in self.loader.train(epoch):
+            for batch in itertools.islice(self.loader.train(epoch), self.loader.steps_per_epoch):
                 yield self.mixed(batch.to(self.state.tally.loss.device))
                 self.state.offset += self.loader.global_batch_size
 
     def measure(self, guard: Guard) -> tuple[dict[str, float], float]:
         """The metrics of an epoch that is trained to its end, and the seconds that measuring took."""
         waited_from = time.monotonic()
-        losses, tally, state = guard.losses(), self.state.tally, self.state
+        losses, tally = guard.losses(), self.state.tally
         began = time.monotonic()
         tally.seconds += began - waited_from  # for steps that the device had not done yet
         guard.check_weights()
@@ -316,11 +315,11 @@ class _Run:
             _share_buffers(self.average.model)
         batches = self.loader.evaluate("val")
         counts = evaluate(self.measured, batches, self.num_classes, tally.loss.device, self.recipe.precision)
+        running = self._running(losses)
         metrics = {
-            "train/loss": sum(losses) / state.offset,
+            "train/loss": running.pop("loss"),
             "lr": tally.lr,
-            "images_per_s": state.offset / tally.seconds,
-            "data_wait_share": tally.waited_s / tally.seconds,
+            **running,
             **{f"val/{name}": value for name, value in all_reduce(counts).metrics().items()},
         }
         return metrics, time.monotonic() - began
@@ -338,16 +337,17 @@ class _Run:
         return dict(self.state.history[at])
 
     def _progress(self, losses: list[float]) -> Progress:
-        state, tally = self.state, self.state.tally
-        return Progress(
-            state.epoch + 1,
-            self.recipe.epochs,
-            state.offset,
-            self.num_rows,
-            loss=sum(losses) / state.offset,
-            images_per_s=state.offset / tally.seconds,
-            data_wait_share=tally.waited_s / tally.seconds,
-        )
+        state = self.state
+        return Progress(state.epoch + 1, self.recipe.epochs, state.offset, self.num_rows, **self._running(losses))
+
+    def _running(self, losses: list[float]) -> dict[str, float]:
+        """What the epoch so far gives, from every rank's sum of the loss."""
+        offset, tally = self.state.offset, self.state.tally
+        return {
+            "loss": sum(losses) / offset,
+            "images_per_s": offset / tally.seconds,
+            "data_wait_share": tally.waited_s / tally.seconds,
+        }
 
     def _parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""

@@ -126,12 +126,13 @@ class State:
 
     def _check_order(self, stored: dict[str, Any], folder: str) -> None:
         begun = {LAYOUT: self.order[LAYOUT]} | stored  # older checkpoints do not tell it
-        if {**begun, LAYOUT: ""} != {**self.order, LAYOUT: ""}:
+        changed = {key for key in begun | self.order if begun.get(key) != self.order.get(key)}
+        if changed - {LAYOUT}:
             raise ConfigError(
                 f"{folder}: the run was begun with {_listed(begun)}, now it is {_listed(self.order)}; resume it with "
                 "those, or choose another name"
             )
-        if begun[LAYOUT] != self.order[LAYOUT]:
+        if changed:
             raise ConfigError(
                 f"{folder}: the run was begun on training shards that held the same images in another order or size; "
                 "ingest them as before (seed, rows_per_shard, rows_per_group, train_short_side, ...), or choose "

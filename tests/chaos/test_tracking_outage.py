@@ -1,7 +1,7 @@
 """Ten minutes without MLflow, while workers and the driver of a training are killed. Run by `make chaos` only.
 
-The moments come from a fixed seed, but a machine is never twice equally fast. The same in one minute, without the
-driver's death, is tests/integration/test_journal_shipping.py.
+The moments come from a fixed seed, but a machine is never twice equally fast. Shorter outages, without the driver's
+death, are in tests/integration/test_journal_shipping.py and, under a real training, in test_training_faults.py.
 """
 
 from __future__ import annotations
