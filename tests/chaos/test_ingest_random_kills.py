@@ -1,4 +1,4 @@
-"""50,000 files, and SIGKILL at random moments: of the job, and of a worker under it. Run by `make chaos` only.
+"""50,000 files, and SIGKILL at random moments: of the job, of a worker, of a node. Run by `make chaos` only.
 
 The moments come from a fixed seed, but a machine is never twice equally fast: a failure names the attempt, not a way to
 repeat it. States that can be named have their tests in tests/integration/test_ingest_faults.py.
@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,12 +27,14 @@ from pipeline import imaging
 from pipeline.data import shards
 from pipeline.data.rows import DIGEST_MODULUS
 from pipeline.errors import DataError
+from tests import local_nodes
 
 ROOT = Path(__file__).parents[2]
 NUM_FILES = 50_000
 NUM_KILLS = 8
 CLASSES = ("even", "odd")
 LONGEST_S = 60.0  # a busy machine needs half of that to import what a job needs
+LONGEST_OF_NODE_S = 30.0
 PATIENCE_S = 900.0
 
 
@@ -47,7 +50,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(photos: Path, storage: Path, head: Service) -> subprocess.Popen[str]:
+def start(photos: Path, storage: Path, address: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
     words = [
         "dataset.name=image_folder",
         f"dataset.root={photos}",
@@ -55,7 +58,7 @@ def start(photos: Path, storage: Path, head: Service) -> subprocess.Popen[str]:
         "ingest.rows_per_shard=250",
     ]
     command = [sys.executable, "-m", "jobs.preprocess", *words, "shards=shards", f"storage={storage}"]
-    environment = {**os.environ, **head.env, "RAY_ADDRESS": head.address}
+    environment = {**os.environ, **env, "RAY_ADDRESS": address}
     environment["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "30"  # for which Ray keeps the CPUs of a dead driver
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -88,13 +91,25 @@ def expected_digest(photos: Path) -> str:
     return f"{total % DIGEST_MODULUS:064x}"
 
 
+def check_whole(photos: Path, storage: Path) -> None:
+    """Every file once, as a row or as a reject, and nothing else is left."""
+    made = shards.load(storage / "shards")
+    files = [shard.name for shard in made.manifest.shards] + list(made.manifest.rejects)
+    found = [name for file in files for name in pq.read_table(made.path / file)["image_id"].to_pylist()]
+    assert sorted(found) == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    assert made.manifest.num_rejects == NUM_FILES // 1000
+    assert made.manifest.digest == expected_digest(photos)
+    shards.check(made, "train")
+    assert list(storage.glob(".shards*")) == []
+
+
 def test_ingest_killed_at_random_moments_ends_with_every_file_once(
     ray_head: Service, photos: Path, tmp_path: Path
 ) -> None:
     draw, progressed = random.Random(0), 0
     for attempt in range(NUM_KILLS):
         before = receipts(tmp_path)
-        with start(photos, tmp_path, ray_head) as job:
+        with start(photos, tmp_path, ray_head.address, ray_head.env) as job:
             until = time.monotonic() + draw.uniform(0, LONGEST_S)
             while time.monotonic() < until and job.poll() is None:
                 time.sleep(0.1)
@@ -110,14 +125,36 @@ def test_ingest_killed_at_random_moments_ends_with_every_file_once(
             shards.load(tmp_path / "shards")
     assert progressed, "nothing was ever under way when it was killed: raise LONGEST_S"
 
-    with start(photos, tmp_path, ray_head) as job:
+    with start(photos, tmp_path, ray_head.address, ray_head.env) as job:
         said, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, said[-2000:]
-    made = shards.load(tmp_path / "shards")
-    files = [shard.name for shard in made.manifest.shards] + list(made.manifest.rejects)
-    found = [name for file in files for name in pq.read_table(made.path / file)["image_id"].to_pylist()]
-    assert sorted(found) == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
-    assert made.manifest.num_rejects == NUM_FILES // 1000
-    assert made.manifest.digest == expected_digest(photos)
-    shards.check(made, "train")
-    assert list(tmp_path.glob(".shards*")) == []
+    check_whole(photos, tmp_path)
+
+
+def lose_nodes(photos: Path, storage: Path) -> None:
+    """Run the job, again if it fails, while nodes with two of the three CPUs come and die."""
+    draw, num_lost = random.Random(1), 0
+    with local_nodes.cluster(num_cpus=1) as cluster:
+        for attempt in range(NUM_KILLS):
+            before = receipts(storage)
+            with start(photos, storage, cluster.address, {}) as job:
+                while job.poll() is None and num_lost < NUM_KILLS:
+                    node = cluster.add_node(num_cpus=2)
+                    done, until = len(receipts(storage)), time.monotonic() + draw.uniform(0, LONGEST_OF_NODE_S)
+                    while time.monotonic() < until and job.poll() is None:
+                        time.sleep(0.1)
+                    cluster.remove_node(node, allow_graceful=False)
+                    num_lost += job.poll() is None and len(receipts(storage)) > done
+                said, _ = job.communicate(timeout=PATIENCE_S)
+            sys.stdout.write(f"attempt {attempt}: exit code {job.returncode}, {num_lost} nodes were lost at work\n")
+            if job.returncode == 0:
+                break
+            after = receipts(storage)
+            assert before == {name: after.get(name) for name in before}, f"attempt {attempt} did finished work again"
+        assert job.returncode == 0, said[-2000:]
+    assert num_lost >= 3, "it was over too soon: lower LONGEST_OF_NODE_S"
+
+
+def test_ingest_whose_nodes_die_at_random_moments_ends_with_every_file_once(photos: Path, tmp_path: Path) -> None:
+    local_nodes.alone(lose_nodes, photos, tmp_path, timeout_s=PATIENCE_S)
+    check_whole(photos, tmp_path)

@@ -6,11 +6,7 @@ repeat it. States that can be named have their tests in tests/integration/test_t
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +24,7 @@ from pipeline.inference.bundle import Bundle, load
 from pipeline.training import launch
 from pipeline.training.checkpoint import Config
 from pipeline.training.loop import Recipe
+from tests import local_nodes
 
 PATIENCE_S = 600.0
 NUM_KILLS = 6
@@ -39,6 +36,11 @@ RECIPE: dict[str, Any] = {
     "epochs": 120,
 }
 EVERY_THIRD = Config(every_steps=3)
+QUICK_TO_NOTICE = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_period_ms": "500",
+}
 
 
 def train(folder: Path, source: shards.Shards, **keys: Any) -> Bundle:
@@ -97,26 +99,9 @@ def test_workers_killed_at_random_moments_change_no_bit(
 
 
 def lose_a_node(source: Path, folder: Path, keys: dict[str, Any], is_replaced: bool) -> None:
-    """Train on a cluster of two nodes in a process of its own; the second node goes inside an epoch."""
-    os.setsid()  # Ray signals whole groups of processes
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
-    os.environ |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_health_check_failure_threshold": "2",
-        "RAY_health_check_period_ms": "500",
-    }
-    import ray  # noqa: PLC0415
-    from ray.cluster_utils import Cluster  # noqa: PLC0415
-
-    home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": home})
-    try:
+    """Train on a cluster of two nodes; the second node goes inside an epoch."""
+    with local_nodes.cluster(num_cpus=1, **QUICK_TO_NOTICE) as cluster:
         second = cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, log_to_driver=False)
         with training(folder, shards.load(source), **keys) as result:
             wait_beyond(folder, 3 * 40 + 10, result)
             cluster.remove_node(second, allow_graceful=False)
@@ -124,21 +109,10 @@ def lose_a_node(source: Path, folder: Path, keys: dict[str, Any], is_replaced: b
             if is_replaced:
                 cluster.add_node(num_cpus=1)
             result.result(PATIENCE_S)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def lost_a_node(source: shards.Shards, folder: Path, *, is_replaced: bool, **keys: Any) -> Bundle:
-    process = multiprocessing.get_context("spawn").Process(
-        target=lose_a_node, args=(source.path, folder, keys, is_replaced)
-    )
-    process.start()
-    process.join(PATIENCE_S)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0
+    local_nodes.alone(lose_a_node, source.path, folder, keys, is_replaced, timeout_s=PATIENCE_S)
     return load(folder / "bundle")
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PosixPath
-from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -20,6 +14,7 @@ from pipeline.batch import Batch
 from pipeline.data import shards
 from pipeline.data.loading import Config, Loader
 from pipeline.types import InputSpec
+from tests import local_nodes
 
 SPEC = InputSpec(size_hw=(28, 28))
 RAY = Config(batch_size=4, reader="ray", num_tasks=3, batches_per_read=1)
@@ -43,32 +38,6 @@ class Watched(PosixPath):
         return {note.name for note in notes}
 
 
-@contextmanager
-def head_of_its_own(home: str, num_cpus: int) -> Iterator[Any]:
-    """A cluster that knows nothing of any other Ray; for a process that does nothing else."""
-    os.setsid()  # Ray signals whole groups of processes
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
-    os.environ |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    os.environ["RAY_TMPDIR"] = home  # where Cluster notes its address, in a folder that must be there
-    Path(home, "ray").mkdir()
-    import ray  # noqa: PLC0415
-    from ray.cluster_utils import Cluster  # noqa: PLC0415
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "temp_dir": home})
-    try:
-        ray.init(address=cluster.address, log_to_driver=False)
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker could import a test
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def train(folder: Path, config: Config) -> list[Batch]:
     return list(Loader(shards.Shards(folder, shards.load(Path(str(folder))).manifest), SPEC, config, seed=2).train(1))
 
@@ -83,10 +52,13 @@ def check_same(left: list[Batch], right: list[Batch]) -> None:
         assert torch.equal(mine.targets, theirs.targets)
 
 
-def decode_here_and_there(path: Path, home: str) -> None:
+def decode_here_and_there(path: Path) -> None:
     """First on a head alone, then beside a node for ingest."""
+    import ray  # noqa: PLC0415
+
     folder = Watched(path)
-    with head_of_its_own(home, num_cpus=1) as cluster:
+    with local_nodes.cluster(num_cpus=1) as cluster:
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker could import a test
         expected = train(folder, RAY.model_copy(update={"reader": "local", "num_tasks": 0}))
         folder.take_notes()
         (head,) = nodes()
@@ -110,12 +82,4 @@ def nodes() -> set[str]:
 def test_decoding_moves_to_the_node_for_it_and_stays_anywhere_without(stripes: shards.Shards, tmp_path: Path) -> None:
     path = Path(shutil.copytree(stripes.path, tmp_path / "shards"))
     (tmp_path / "notes").mkdir()
-    with tempfile.TemporaryDirectory(prefix="ventral-", dir="/tmp", ignore_cleanup_errors=True) as home:  # for sockets
-        process = multiprocessing.get_context("spawn").Process(target=decode_here_and_there, args=(path, home))
-        process.start()
-        process.join(TIMEOUT_S)
-        if process.exitcode is None:
-            for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                one.kill()
-            process.join()
-    assert process.exitcode == 0
+    local_nodes.alone(decode_here_and_there, path, timeout_s=TIMEOUT_S)

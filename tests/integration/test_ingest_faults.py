@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import csv
 import itertools
-import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +29,7 @@ from pipeline.data import ingest, shards
 from pipeline.data.datasets import image_folder, uri_list
 from pipeline.errors import DataError
 from pipeline.types import Split
+from tests import local_nodes
 
 ROOT = Path(__file__).parents[2]
 COUNTS: dict[Split, int] = {"train": 96, "val": 24}
@@ -229,25 +227,9 @@ def test_worker_process_that_is_killed_is_replaced(expected: shards.Shards, tmp_
 
 
 def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
-    """Ingest on a cluster of two nodes in a process of its own; the second node goes while it reads."""
-    os.setsid()  # Ray signals whole groups of processes
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
-    os.environ |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
-    os.environ["RAY_TMPDIR"] = home  # where Cluster notes its address, in a folder that must be there
-    Path(home, "ray").mkdir()
-    import ray  # noqa: PLC0415
-    from ray.cluster_utils import Cluster  # noqa: PLC0415
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": home})
-    try:
+    """Ingest on a cluster of two nodes; the second node goes while it reads."""
+    with local_nodes.cluster(num_cpus=1) as cluster:
         second = cluster.add_node(num_cpus=2)
-        ray.init(address=cluster.address, log_to_driver=False)
         with making(uri_list.Config(root=str(images)), destination, gates) as result:
             readers = [gate.wait_for_reader() for gate in gates]
             (raylet,) = second.all_processes["raylet"]
@@ -258,10 +240,6 @@ def lose_a_node(images: Path, destination: Path, gates: list[Gate]) -> None:
             for gate in gates:
                 gate.open()
             result.result(PATIENCE_S)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.mark.slow
@@ -269,14 +247,7 @@ def test_node_that_is_lost_costs_no_image(expected: shards.Shards, tmp_path: Pat
     dataset, gates = collection(tmp_path / "images", GATES)
     destination = tmp_path / "made" / "shards"
     assert dataset.root
-    process = multiprocessing.get_context("spawn").Process(
-        target=lose_a_node, args=(Path(dataset.root), destination, gates)
-    )
-    process.start()
-    process.join(180)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0
+    local_nodes.alone(lose_a_node, Path(dataset.root), destination, gates, timeout_s=180)
     check_whole(shards.load(destination), expected)
 
 
