@@ -45,7 +45,7 @@ def evaluate(job: Evaluate) -> None:
             ) as tracked,
             ray_session(job.store, job.num_tasks),
         ):
-            tracked.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), job.split)
+            tracked.log_dataset(source.manifest.dataset, source.manifest.digest, source.address, job.split)
             report = measure(bundle, source, job.split, views=job.views, num_tasks=job.num_tasks)
             report.record(tracked, job.store / job.report)
     for name, value in report.metrics.items():

@@ -10,32 +10,29 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
+ITS_OWN = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
 
 @contextmanager
-def cluster(num_cpus: int, **env: str) -> Iterator[Any]:
+def cluster(num_cpus: int) -> Iterator[Any]:
     """A `Cluster` with a head of so many logical CPUs, this process connected to it; only inside `alone`.
 
-    Args:
-        num_cpus: of the head; more nodes come by `add_node`.
-        env: further variables that Ray shall know.
+    More nodes come by its `add_node` and go by `remove_node`.
     """
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
     home = tempfile.mkdtemp(prefix="ventral-", dir="/tmp")  # short, for sockets
-    os.environ |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TMPDIR": home,  # where Cluster notes its address, in a folder that must be there
-        **env,
-    }
+    os.environ["RAY_TMPDIR"] = home  # where Cluster notes its address, in a folder that must be there
     Path(home, "ray").mkdir()
     import ray  # noqa: PLC0415
     from ray.cluster_utils import Cluster  # noqa: PLC0415
@@ -50,10 +47,17 @@ def cluster(num_cpus: int, **env: str) -> Iterator[Any]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def alone(what: Callable[..., None], *args: Any, timeout_s: float) -> None:
-    """Call `what` in a process of its own; it must return in time, and nothing of it is left."""
+def alone(what: Callable[..., None], *args: Any, timeout_s: float, env: Mapping[str, str] | None = None) -> None:
+    """Call `what` in a process of its own; it must return in time, and nothing of it is left.
+
+    Args:
+        what: a function of a module; the process imports that, and perhaps Ray with it, before it calls.
+        env: further variables that Ray shall know.
+    """
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(what, args))
-    process.start()
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with patch.dict(os.environ, {**others, **ITS_OWN, **(env or {})}, clear=True):
+        process.start()
     process.join(timeout_s)
     if process.exitcode is None:
         for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:

@@ -201,6 +201,11 @@ class Shards:
     path: Path
     manifest: Manifest
 
+    @property
+    def address(self) -> str:
+        """`<folder>@<version>`: what `load` takes for this version, whatever is appended later."""
+        return f"{self.path}@{self.manifest.version}"
+
 
 def load(path: Path) -> Shards:
     """Read a dataset's newest manifest, or that of `<folder>@<version>`.

@@ -136,7 +136,7 @@ class Run:
             name: of the dataset.
             digest: the manifest's content digest. MLflow keeps 36 characters of it; the whole one is in the input's tag
                 `digest`.
-            source: where the shards are.
+            source: where the shards are, and their version.
             context: what it was used for: `train`, `val`, `test`.
         """
         self._put(journal.Dataset(name, digest, source, context))

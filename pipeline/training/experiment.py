@@ -145,7 +145,7 @@ def conduct(
         Record(run_id=run.id, run_url=run.url, recipe=recipe).write(folder)
         run.log_text("config.yaml", dump(config))
         for split in ("train", *config.evaluate):
-            run.log_dataset(source.manifest.dataset, source.manifest.digest, str(source.path), split)
+            run.log_dataset(source.manifest.dataset, source.manifest.digest, source.address, split)
         prepare(config.recipe, source, folder, (*roots, storage), uri)
         with _timed(seconds, "train"):
             made = launch.train(

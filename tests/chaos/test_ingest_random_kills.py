@@ -34,7 +34,7 @@ NUM_FILES = 50_000
 NUM_KILLS = 8
 CLASSES = ("even", "odd")
 LONGEST_S = 60.0  # a busy machine needs half of that to import what a job needs
-LONGEST_OF_NODE_S = 30.0
+LONGEST_OF_NODE_S = 20.0
 PATIENCE_S = 900.0
 
 

@@ -28,12 +28,12 @@ from tests import local_nodes
 
 PATIENCE_S = 600.0
 NUM_KILLS = 6
+EPOCHS, LONG = 120, 300
 RECIPE: dict[str, Any] = {
     "model": {"name": "lenet5"},
     "loading": {"batch_size": 4, "num_tasks": 0},
     "augment": {"crop": "none", "flip": True},
     "optim": {"lr": 0.02},
-    "epochs": 120,
 }
 EVERY_THIRD = Config(every_steps=3)
 QUICK_TO_NOTICE = {
@@ -43,9 +43,9 @@ QUICK_TO_NOTICE = {
 }
 
 
-def train(folder: Path, source: shards.Shards, **keys: Any) -> Bundle:
+def train(folder: Path, source: shards.Shards, epochs: int = EPOCHS, **keys: Any) -> Bundle:
     cluster = launch.Cluster(**{"num_workers": 2, "max_failures": 2 * NUM_KILLS, **keys})
-    return launch.train(folder, source, validate(Recipe, RECIPE), cluster, checkpoints=EVERY_THIRD)
+    return launch.train(folder, source, validate(Recipe, RECIPE | {"epochs": epochs}), cluster, checkpoints=EVERY_THIRD)
 
 
 @contextmanager
@@ -98,37 +98,58 @@ def test_workers_killed_at_random_moments_change_no_bit(
     assert made.card.weights_sha256 == undisturbed.card.weights_sha256
 
 
-def lose_a_node(source: Path, folder: Path, keys: dict[str, Any], is_replaced: bool) -> None:
-    """Train on a cluster of two nodes; the second node goes inside an epoch."""
-    with local_nodes.cluster(num_cpus=1, **QUICK_TO_NOTICE) as cluster:
+def lose_and_replace_a_node(source: Path, folder: Path) -> None:
+    """Train on a cluster of two nodes; the second node goes inside an epoch, and another one comes."""
+    with local_nodes.cluster(num_cpus=1) as cluster:
         second = cluster.add_node(num_cpus=1)
-        with training(folder, shards.load(source), **keys) as result:
+        with training(folder, shards.load(source)) as result:
             wait_beyond(folder, 3 * 40 + 10, result)
             cluster.remove_node(second, allow_graceful=False)
             assert not result.done()
-            if is_replaced:
-                cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1)
             result.result(PATIENCE_S)
-
-
-def lost_a_node(source: shards.Shards, folder: Path, *, is_replaced: bool, **keys: Any) -> Bundle:
-    local_nodes.alone(lose_a_node, source.path, folder, keys, is_replaced, timeout_s=PATIENCE_S)
-    return load(folder / "bundle")
 
 
 def test_node_that_is_lost_and_replaced_changes_no_bit(
     undisturbed: Bundle, stripes: shards.Shards, tmp_path: Path
 ) -> None:
-    made = lost_a_node(stripes, tmp_path / "run", is_replaced=True)
-    assert made.card.weights_sha256 == undisturbed.card.weights_sha256
+    local_nodes.alone(
+        lose_and_replace_a_node, stripes.path, tmp_path / "run", timeout_s=PATIENCE_S, env=QUICK_TO_NOTICE
+    )
+    assert load(tmp_path / "run" / "bundle").card.weights_sha256 == undisturbed.card.weights_sha256
 
 
-def test_run_with_a_range_of_workers_goes_on_without_a_lost_node(
-    undisturbed: Bundle, stripes: shards.Shards, tmp_path: Path
+def has_a_worker(node: Any) -> bool:
+    """Whether a training worker lives on a node of the cluster."""
+    (raylet,) = node.all_processes["raylet"]
+    return "RayTrainWorker" in "".join(
+        word for child in psutil.Process(raylet.process.pid).children() for word in child.cmdline()
+    )
+
+
+def lose_a_node_and_add_one_later(source: Path, folder: Path) -> None:
+    """Train on two workers, after the loss of a node on one, and on two again."""
+    with local_nodes.cluster(num_cpus=1) as cluster:
+        second = cluster.add_node(num_cpus=1)
+        with training(folder, shards.load(source), min_workers=1, epochs=LONG) as result:
+            wait_beyond(folder, 3 * 40 + 10, result)
+            cluster.remove_node(second, allow_graceful=False)
+            wait_beyond(folder, draws(folder), result)
+            third = cluster.add_node(num_cpus=1)
+            while not (has_grown := has_a_worker(third)) and not result.done():
+                time.sleep(0.5)
+            assert has_grown, "it was over too soon: raise LONG"
+            wait_beyond(folder, draws(folder), result)
+            result.result(PATIENCE_S)
+
+
+def test_run_with_a_range_of_workers_shrinks_with_a_lost_node_and_grows_with_a_new_one(
+    stripes: shards.Shards, tmp_path: Path
 ) -> None:
-    made = lost_a_node(stripes, tmp_path / "run", is_replaced=False, min_workers=1)
-    assert made.card.weights_sha256 != undisturbed.card.weights_sha256  # smaller batches since then
-    assert made.card.metrics["val/top1"] > 0.9
+    local_nodes.alone(
+        lose_a_node_and_add_one_later, stripes.path, tmp_path / "run", timeout_s=PATIENCE_S, env=QUICK_TO_NOTICE
+    )
+    assert load(tmp_path / "run" / "bundle").card.metrics["val/top1"] > 0.9
     newest = launch.store_of(tmp_path / "run").newest("cpu")
     assert newest is not None
-    assert len(newest.progress["history"]) == RECIPE["epochs"]
+    assert len(newest.progress["history"]) == LONG
