@@ -35,7 +35,11 @@ log = logging.getLogger("ventral.data")
 
 def in_thread(reading: Reading, batches: list[Int64Array]) -> Iterator[Columns]:
     """Decode the next batch in a thread while the last one is used."""
-    source = read_batches(reading, batches)
+    return _ahead(read_batches(reading, batches))
+
+
+def _ahead(source: Iterator[Columns]) -> Iterator[Columns]:
+    """Take the next batch in a thread while the last one is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="loading") as pool:
         pending = pool.submit(next, source, None)
         while (columns := pending.result()) is not None:
@@ -186,8 +190,9 @@ def on_ray(reading: Reading, batches: list[Int64Array], num_tasks: int, decode_o
     tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
     blocks = tasks.map_batches(decode, batch_size=1)
     try:
-        found = blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
-        yield from _in_order(found, len(batches))
+        # Ray would hold the first batch back until it has the ones to prefetch too: 0.2 s of an epoch's beginning
+        found = blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+        yield from _ahead(_in_order(found, len(batches)))
     except ray.exceptions.RayError as error:
         raise own_cause(error) from None
 
