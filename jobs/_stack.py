@@ -34,6 +34,7 @@ RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "150",  # 60 by default: little on a busy machine, and the head never recovers
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader costs seconds per epoch on a small machine
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",  # 1 s by default: each epoch would start Python anew to read
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often a report is collected; 2 s by default
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # for a stopped job to end its run and clean up; 3 s by default
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
