@@ -134,7 +134,7 @@ def lose_a_node_and_add_one_later(source: Path, folder: Path) -> None:
         with training(folder, shards.load(source), min_workers=1, epochs=LONG) as result:
             wait_beyond(folder, 3 * 40 + 10, result)
             cluster.remove_node(second, allow_graceful=False)
-            wait_beyond(folder, draws(folder), result)
+            wait_beyond(folder, draws(folder) + 40, result)  # an epoch, more than a checkpoint that was on its way
             third = cluster.add_node(num_cpus=1)
             while not (has_grown := has_a_worker(third)) and not result.done():
                 time.sleep(0.5)
