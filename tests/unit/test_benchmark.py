@@ -21,6 +21,7 @@ from pipeline.benchmark.rounds import rotated, spread
 from pipeline.config import load
 from pipeline.data.datasets import image_folder
 from pipeline.errors import ConfigError, DataError
+from tests.local_nodes import alone
 
 BARE, OURS = "bare processes", "ventral local"
 SAME, DOCUMENTED = "DataLoader, same decoder", "DataLoader, as documented"
@@ -230,6 +231,11 @@ def test_run_measures_in_own_processes_and_leaves_nothing_behind(folder: Path, t
 
 
 def test_peak_memory_counts_what_this_process_holds() -> None:
+    alone(_peak_memory_counts_what_this_process_holds, timeout_s=120)
+
+
+def _peak_memory_counts_what_this_process_holds() -> None:
+    # In a process without children: what those of a whole test run let go meanwhile would count too.
     with peak_memory(list, every_s=0.01) as before:
         pass
     held = np.ones(2**23)  # 64 MiB, touched
@@ -239,6 +245,10 @@ def test_peak_memory_counts_what_this_process_holds() -> None:
 
 
 def test_others_share_leaves_out_this_process() -> None:
+    alone(_others_share_leaves_out_this_process, timeout_s=120)
+
+
+def _others_share_leaves_out_this_process() -> None:
     everything = OthersShare(list)
     deadline = os.times().user + 0.5
     while os.times().user < deadline:
