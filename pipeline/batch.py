@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline.types import Frame, Sample
+from pipeline.types import Frame, Objects, Sample, UInt8Array
+
+PADDING = 114  # grey, as around a picture in a letterbox
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoxTargets:
+    """The objects of the B images of a batch, N in all, in the order of the images.
+
+    Attributes:
+        boxes_xyxy: float32 [N, 4], in pixels of the model's input.
+        labels: int64 [N].
+        of_image: int64 [N], the place of each object's image in the batch; ascending.
+        num_images: B.
+    """
+
+    boxes_xyxy: Tensor
+    labels: Tensor
+    of_image: Tensor
+    num_images: int
+
+    @classmethod
+    def of(cls, objects: Sequence[Objects], frames: Sequence[Frame]) -> BoxTargets:
+        """What a detector learns from: every object but crowds, which are no single ones."""
+        kept = [~one.crowd for one in objects]
+        found = [frame.to_input(one.boxes_xyxy[keep]) for one, frame, keep in zip(objects, frames, kept, strict=True)]
+        labels = [one.labels[keep] for one, keep in zip(objects, kept, strict=True)]
+        counts = torch.tensor([len(one) for one in labels], dtype=torch.int64)
+        return cls(
+            boxes_xyxy=torch.from_numpy(np.concatenate([np.zeros((0, 4), np.float32), *found])),
+            labels=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *labels])),
+            of_image=torch.arange(len(objects)).repeat_interleave(counts),
+            num_images=len(objects),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.num_images
+
+    def to(self, device: torch.device | str) -> BoxTargets:
+        """Return them on `device`."""
+        boxes, labels, of_image = (
+            part.to(device, non_blocking=True) for part in (self.boxes_xyxy, self.labels, self.of_image)
+        )
+        return BoxTargets(boxes, labels, of_image, self.num_images)
+
+    def part(self, start: int, stop: int) -> BoxTargets:
+        """Those of the images `start` to `stop`."""
+        kept = (self.of_image >= start) & (self.of_image < stop)
+        return BoxTargets(self.boxes_xyxy[kept], self.labels[kept], self.of_image[kept] - start, stop - start)
+
+    def per_image(self) -> list[tuple[Tensor, Tensor]]:
+        """Boxes [n, 4] and labels [n] of each image."""
+        counts = self.of_image.bincount(minlength=self.num_images).tolist()
+        return list(zip(torch.split(self.boxes_xyxy, counts), torch.split(self.labels, counts), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,34 +71,97 @@ class Batch:
     """What a model answers about.
 
     Attributes:
-        images: uint8 or floating [B, C, H, W], values 0..255, RGB.
-        targets: int64 [B] class indices, or float32 [B, num_classes] soft targets; None where the truth is unknown.
+        images: uint8 or floating [B, C, H, W], values 0..255, RGB; images smaller than the largest are padded at the
+            right and the bottom.
+        targets: int64 [B] class indices, or float32 [B, num_classes] soft targets, or the objects to be found; None
+            where the truth is unknown.
         frames: B frames, how each image maps to its original.
         ids: B image ids.
+        objects: what is in each image, in original pixels: what detections are judged by.
     """
 
-    images: torch.Tensor
-    targets: torch.Tensor | None = None
+    images: Tensor
+    targets: Tensor | BoxTargets | None = None
     frames: tuple[Frame, ...] = ()
     ids: tuple[str, ...] = ()
+    objects: tuple[Objects, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
 
+    @property
+    def sizes_hw(self) -> list[tuple[int, int]]:
+        """Height and width of each image without its padding."""
+        if not self.frames:
+            return [(self.images.shape[2], self.images.shape[3])] * len(self.images)
+        return [frame.input_hw for frame in self.frames]
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets of a classifier.
+
+        Raises:
+            ValueError: there are none, or they are of another kind.
+        """
+        if not isinstance(self.targets, Tensor):
+            raise ValueError(f"expected a class for each image as targets, got {type(self.targets).__name__}")
+        return self.targets
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; the copy overlaps with compute where the source is pinned."""
-        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
+        targets = self.targets
+        if isinstance(targets, Tensor):
+            targets = targets.to(device, non_blocking=True)
+        elif targets is not None:
+            targets = targets.to(device)
         return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The images `start` to `stop` with all that belongs to them; views, no pixel is copied."""
+        targets = self.targets
+        return Batch(
+            images=self.images[start:stop],
+            targets=targets.part(start, stop) if isinstance(targets, BoxTargets)
+            else None if targets is None else targets[start:stop],
+            frames=self.frames[start:stop],
+            ids=self.ids[start:stop],
+            objects=self.objects[start:stop],
+        )  # fmt: skip
 
 
 def to_batch(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size; targets are present only if every sample has a label."""
+    """Stack samples; targets are present only if every sample has a label, or every one its objects."""
     labels = [sample.label for sample in samples]
     known = [label for label in labels if label is not None]
+    frames = tuple(sample.frame for sample in samples)
+    objects = tuple(sample.objects for sample in samples if sample.objects is not None)
+    has_objects = len(objects) == len(samples) > 0
+    targets: Tensor | BoxTargets | None = None
+    if has_objects:
+        targets = BoxTargets.of(objects, frames)
+    elif len(known) == len(labels):
+        targets = torch.tensor(known, dtype=torch.int64)
     return Batch(
-        images=torch.from_numpy(np.stack([sample.image for sample in samples])),
-        targets=torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
-        frames=tuple(sample.frame for sample in samples),
+        images=torch.from_numpy(stacked([sample.image for sample in samples])),
+        targets=targets,
+        frames=frames,
         ids=tuple(sample.image_id for sample in samples),
+        objects=objects if has_objects else (),
     )
+
+
+def stacked(images: Sequence[UInt8Array], empty: Callable[[tuple[int, ...]], UInt8Array] | None = None) -> UInt8Array:
+    """Pictures [C, h, w] as one array [B, C, H, W], the smaller ones padded with grey at the right and the bottom.
+
+    Args:
+        empty: gives the memory for it, uninitialised.
+    """
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    shape = (len(images), images[0].shape[0], height, width)
+    canvas = np.empty(shape, np.uint8) if empty is None else empty(shape)
+    for place, image in zip(canvas, images, strict=True):
+        if image.shape[1:] != (height, width):
+            place[:] = PADDING
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return canvas

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.types import Float32Array
+from pipeline.types import BoolArray, Float32Array
 
 _Float64Array = npt.NDArray[np.float64]
 _VOC_ORIGIN = np.array([1, 1, 0, 0])
@@ -72,18 +72,25 @@ def area(boxes_xyxy: npt.ArrayLike) -> Float32Array:
     return _house(_area(_numbers(boxes_xyxy)))
 
 
-def iou(first_xyxy: npt.ArrayLike, second_xyxy: npt.ArrayLike) -> Float32Array:
+def iou(first_xyxy: npt.ArrayLike, second_xyxy: npt.ArrayLike, crowd: BoolArray | None = None) -> _Float64Array:
     """Intersection over union [N, M] of every box of the first with every one of the second; 0 where neither has area.
 
     Source: Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", IJCV 2010, section 4.2, without its
     one pixel more per side, which the house form does not need.
+
+    Args:
+        crowd: bool [M]: of these boxes of the second, what is divided by is the area of the first alone (COCO's rule
+            for groups of objects under one box).
     """
     first, second = _numbers(first_xyxy), _numbers(second_xyxy)
     lower = np.maximum(first[:, None, :2], second[None, :, :2])
     upper = np.minimum(first[:, None, 2:], second[None, :, 2:])
     shared = np.clip(upper - lower, 0, None).prod(axis=2)
     joined = _area(first)[:, None] + _area(second)[None, :] - shared
-    return _house(np.divide(shared, joined, out=np.zeros_like(shared), where=joined > 0))
+    if crowd is not None:
+        joined = np.where(crowd[None, :], _area(first)[:, None], joined)
+    found: _Float64Array = np.divide(shared, joined, out=np.zeros_like(shared), where=joined > 0)
+    return found
 
 
 def _area(numbers: _Float64Array) -> _Float64Array:

@@ -132,6 +132,12 @@ class Frame:
     scale_xy: tuple[float, float] = (1.0, 1.0)
     offset_xy: tuple[float, float] = (0.0, 0.0)
 
+    def to_input(self, boxes_xyxy: Float32Array) -> Float32Array:
+        """Map boxes [N, 4] from original pixels to input pixels; nothing is clipped."""
+        scale, offset = np.array(self.scale_xy * 2, np.float32), np.array(self.offset_xy * 2, np.float32)
+        moved: Float32Array = boxes_xyxy * scale + offset
+        return moved
+
     def to_original(self, boxes_xyxy: Float32Array) -> Float32Array:
         """Map boxes [N, 4] from input pixels to original pixels, clipped to the original image."""
         scale = np.array(self.scale_xy * 2, np.float32)
@@ -143,6 +149,58 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """How a whole picture is brought to the size a detector takes.
+
+    Attributes:
+        way: `letterbox`: as large as fits into `size_hw` in its own aspect, in the centre, grey around it; `resize`: in
+            its own aspect, short side to `short_side` unless the long one would exceed `long_side`, without padding
+            (Ren et al. 2015, "Faster R-CNN", section 3.3); `stretch`: to `size_hw`, ignoring its aspect (Redmon et al.
+            2016, "You Only Look Once", section 2).
+        size_hw: for `letterbox` and `stretch`, in pixels.
+        short_side, long_side: for `resize`, in pixels.
+    """
+
+    way: Literal["letterbox", "resize", "stretch"] = "letterbox"
+    size_hw: tuple[int, int] = (416, 416)
+    short_side: int = 600
+    long_side: int = 1000
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        """Refuse what no picture can be brought to."""
+        if min(*self.size_hw, self.short_side) < 1:
+            raise ValueError(f"size_hw and short_side must be positive, got {self.size_hw} and {self.short_side}")
+        if self.long_side < self.short_side:
+            raise ValueError(f"long_side {self.long_side} is smaller than short_side {self.short_side}")
+
+    @property
+    def largest_hw(self) -> tuple[int, int]:
+        """The height and width that no input exceeds."""
+        return (self.long_side, self.long_side) if self.way == "resize" else self.size_hw
+
+    def frame(self, original_hw: tuple[int, int]) -> Frame:
+        """How a picture of this size maps to the input: its scale per axis is exact, whole pixels to whole pixels."""
+        height, width = original_hw
+        if self.way == "stretch":
+            return _centred(original_hw, self.size_hw, self.size_hw)
+        if self.way == "resize":
+            factor = min(self.short_side / min(original_hw), self.long_side / max(original_hw))
+        else:
+            factor = min(self.size_hw[0] / height, self.size_hw[1] / width)
+        inner_hw = max(round(height * factor), 1), max(round(width * factor), 1)
+        return _centred(original_hw, inner_hw, inner_hw if self.way == "resize" else self.size_hw)
+
+
+def _centred(original_hw: tuple[int, int], inner_hw: tuple[int, int], input_hw: tuple[int, int]) -> Frame:
+    """The frame of a picture that is scaled to `inner_hw` and laid into the centre of `input_hw`."""
+    scale_xy = (inner_hw[1] / original_hw[1], inner_hw[0] / original_hw[0])
+    offset_xy = (float((input_hw[1] - inner_hw[1]) // 2), float((input_hw[0] - inner_hw[0]) // 2))
+    return Frame(original_hw, input_hw, scale_xy, offset_xy)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One decoded, transformed example.
 
@@ -151,12 +209,14 @@ class Sample:
         label: class index, or None where the truth is unknown.
         frame: how the image maps to the original.
         image_id: the record's id.
+        objects: what is in the picture, in original pixels; None where that is not known.
     """
 
     image: UInt8Array
     frame: Frame
     label: int | None = None
     image_id: str = ""
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +232,34 @@ class Classification:
             raise ValueError(
                 f"expected labels and scores of one shape [K], got {self.labels.shape}, {self.scores.shape}"
             )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """What a detector found in one image, best first.
+
+    Attributes:
+        boxes_xyxy: float32 [N, 4], half-open, in pixels of the upright original image.
+        labels: int64 [N], indices into the model's class names.
+        scores: float32 [N] in [0, 1].
+    """
+
+    boxes_xyxy: Float32Array
+    labels: Int64Array
+    scores: Float32Array
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not belong together."""
+        num = len(self.labels)
+        if self.boxes_xyxy.shape != (num, 4) or self.scores.shape != (num,):
+            raise ValueError(
+                f"expected boxes [N, 4], labels [N] and scores [N], got {self.boxes_xyxy.shape}, {self.labels.shape}, "
+                f"{self.scores.shape}"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of detections."""
+        return len(self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +291,36 @@ class InputSpec:
             raise ValueError(f"size_hw must be positive, got {self.size_hw}")
         if self.resize_short is not None and self.resize_short < max(self.size_hw):
             raise ValueError(f"resize_short {self.resize_short} is smaller than the crop {self.size_hw}")
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, self.num_channels) or min(self.std) <= 0:
-            raise ValueError(
-                f"mean {self.mean} and std {self.std} need 1 or {self.num_channels} values each, every std positive"
-            )
+        _check_norm(self.mean, self.std, self.num_channels)
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorSpec:
+    """What a detector expects of an image, stored with its weights; the model itself normalises, as for `InputSpec`.
+
+    Attributes:
+        fit: how the picture is brought to size; the same in training, evaluation and service.
+        mean: one value per channel, on the scale 0..1.
+        std: as `mean`.
+        num_channels: channels of the images handed to the model (3: RGB).
+    """
+
+    fit: Fit = Fit()
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    num_channels: int = 3
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        """Refuse what no image can be normalised by."""
+        _check_norm(self.mean, self.std, self.num_channels)
+
+
+Spec = InputSpec | DetectorSpec
+"""What a model expects of an image, by what it is asked: the whole picture's class, or what is where in it."""
+
+
+def _check_norm(mean: tuple[float, ...], std: tuple[float, ...], num_channels: int) -> None:
+    if len(mean) != len(std) or len(mean) not in (1, num_channels) or min(std) <= 0:
+        raise ValueError(f"mean {mean} and std {std} need 1 or {num_channels} values each, every std positive")

@@ -5,7 +5,8 @@ miniature dataset that a tiny net learns in seconds: pictures of stripes, as a f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from jobs._process import Service, stop
 from pipeline import imaging
 from pipeline.data import rows, shards
 from pipeline.data.datasets import image_folder
-from pipeline.types import Split
+from pipeline.types import Objects, Record, Split
 
 # A machine is busy now and then, and whichever case comes first imports torch.
 settings.register_profile("ventral", deadline=None)
@@ -85,20 +86,41 @@ def stripes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stripes(stripes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
     """The same as shards, made without Ray: training in two of 24 and 16 rows, in row groups of 8. Do not change."""
-    path = tmp_path_factory.mktemp("stripes-shards")
-    config = rows.Config(rows_per_group=8)
     dataset = image_folder.Config(root=stripes_folder)
-    made: list[shards.Shard] = []
-    sizes: dict[Split, int] = {"train": 24, "val": 13}
-    for split, size in sizes.items():
-        records = tuple(image_folder.records(dataset, split))
-        for at in range(0, len(records), size):
-            one = rows.make_shard(path / f"{split}-{at:05d}.parquet", split, records[at : at + size], config)
+    path = tmp_path_factory.mktemp("stripes-shards")
+    return _shards_of(path, {split: list(image_folder.records(dataset, split)) for split in dataset.splits})
+
+
+@pytest.fixture(scope="session")
+def boxed_stripes(stripes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
+    """The same pictures with up to three boxes each, flags of every kind among them. Do not change."""
+    rng, dataset = np.random.default_rng(1), image_folder.Config(root=stripes_folder)
+
+    def boxed(record: Record, num: int) -> Record:
+        corner = rng.uniform(0, 20, (num, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(4, 15, (num, 2))], axis=1).astype(np.float32)
+        difficult, truncated, crowd = rng.random((3, num)) < 0.2
+        marked = Objects(boxes, rng.integers(0, 2, num), difficult, truncated, crowd)
+        return replace(record, label=None, objects=marked)
+
+    path = tmp_path_factory.mktemp("boxed-shards")
+    listed = {split: [*image_folder.records(dataset, split)] for split in dataset.splits}
+    return _shards_of(
+        path, {split: [boxed(one, at % 4) for at, one in enumerate(ones)] for split, ones in listed.items()}
+    )
+
+
+def _shards_of(path: Path, records: Mapping[Split, Sequence[Record]]) -> shards.Shards:
+    """Records of stripes as shards of at most 24 rows, in row groups of 8."""
+    config, made = rows.Config(rows_per_group=8), list[shards.Shard]()
+    for split, ones in records.items():
+        for at in range(0, len(ones), 24):
+            one = rows.make_shard(path / f"{split}-{at:05d}.parquet", split, ones[at : at + 24], config)
             assert one.shard
             made.append(one.shard)
     manifest = shards.Manifest(
         dataset="image_folder",
-        classes=image_folder.class_names(dataset),
+        classes=("across", "down"),
         class_counts={"train": (20, 20), "val": (7, 6)},
         num_rejects=0,
         shards=tuple(made),

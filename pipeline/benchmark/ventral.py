@@ -43,8 +43,7 @@ class Contestant(Contender):
             setting = self.setting
             self._loader = loading.Loader(shards.load(setting.folder), setting.spec, self._config(), seed=setting.seed)
         for batch in self._loader.train(seed):
-            assert batch.targets is not None
-            yield batch.images, batch.targets
+            yield batch.images, batch.labels
 
     def _config(self) -> loading.Config:
         setting = self.setting

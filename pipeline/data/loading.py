@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, BoxTargets
 from pipeline.config import Strict
 from pipeline.data import gpu_decoding, order, readers, shards
 from pipeline.data.order import Sampling
 from pipeline.data.reading import Columns, Reading
-from pipeline.data.transforms import classify
-from pipeline.errors import DataError
-from pipeline.types import Frame, InputSpec, Int64Array, Split
+from pipeline.data.transforms import classify, detect
+from pipeline.errors import ConfigError, DataError
+from pipeline.types import Frame, InputSpec, Int64Array, Spec, Split
+
+Augment = classify.Augment | detect.Augment
 
 
 class Config(Strict):
@@ -64,23 +66,24 @@ class Loader:
         source: the dataset on disk.
         spec: what the model expects of an image.
         config: batch size and reader.
-        augment: how training images are varied.
+        augment: how training images are varied, as the task of `spec` has it.
         seed: of the run; the order and the variation of the images follow from it and the epoch.
         rank: this worker's number, and `world_size` how many workers there are.
         device: that trains; only `decode: gpu` asks for it, and leaves its batches there.
 
     Raises:
         DataError: the images have another number of channels than the model takes.
-        ConfigError: `decode: gpu` with an augmentation or a device that it does not support.
+        ConfigError: `decode: gpu` with an augmentation or a device that it does not support; what a classifier can do
+            and a detector cannot, or the other way round.
     """
 
     def __init__(
         self,
         source: shards.Shards,
-        spec: InputSpec,
+        spec: Spec,
         config: Config,
         *,
-        augment: classify.Augment | None = None,
+        augment: Augment | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -95,13 +98,14 @@ class Loader:
         self.source = source
         self.spec = spec
         self.config = config
-        self.augment = augment or classify.Augment()
+        self.augment = augment or (classify.Augment() if isinstance(spec, InputSpec) else detect.Augment())
+        _check_task(spec, self.augment, config)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self._labels: Int64Array | None = None
         self._decoder: gpu_decoding.Decoder | None = None
-        if config.decode == "gpu":
+        if config.decode == "gpu" and isinstance(spec, InputSpec) and isinstance(self.augment, classify.Augment):
             self._decoder = gpu_decoding.Decoder(spec, self.augment, source.manifest.decoding, device)
 
     @property
@@ -149,7 +153,7 @@ class Loader:
             self._labels = _labels(self.source)
         return order.sampled_rows(self.config.sampling, self._labels, self.seed, epoch)
 
-    def _reading(self, split: Split, augment: classify.Augment | None = None, epoch: int = 0) -> Reading:
+    def _reading(self, split: Split, augment: Augment | None = None, epoch: int = 0) -> Reading:
         return Reading(self.source, split, self.spec, self.config.batches_per_read, augment, self.seed, epoch)
 
     def _batches(self, reading: Reading, draws: Int64Array) -> Iterator[Batch]:
@@ -187,13 +191,28 @@ def _labels(source: shards.Shards) -> Int64Array:
     return np.concatenate([table.column("label").to_numpy() for table in tables])
 
 
+def _check_task(spec: Spec, augment: Augment, config: Config) -> None:
+    if isinstance(spec, InputSpec) != isinstance(augment, classify.Augment):
+        raise ConfigError(f"expected the augmentation of the model's task, got one of {type(augment).__module__}")
+    if isinstance(spec, InputSpec):
+        return
+    if config.decode == "gpu":
+        raise ConfigError("loading.decode: gpu knows no boxes; set it to cpu for a detector")
+    if config.sampling.balance:
+        raise ConfigError("loading.sampling.balance needs one class for each image; leave it out for a detector")
+
+
 def _to_batch(columns: Columns) -> Batch:
-    images, targets = _tensor(columns["image"]), _tensor(columns["label"])
-    size_hw = (images.shape[2], images.shape[3])
-    frames = (
-        Frame((int(h), int(w)), size_hw, (sx, sy), (ox, oy)) for h, w, sx, sy, ox, oy in columns["frame"].tolist()
+    images = _tensor(columns["image"])
+    frames = tuple(
+        Frame((int(h), int(w)), (int(height), int(width)), (sx, sy), (ox, oy))
+        for h, w, height, width, sx, sy, ox, oy in columns["frame"].tolist()
     )
-    return Batch(images=images, targets=targets, frames=tuple(frames), ids=tuple(map(str, columns["id"])))
+    ids = tuple(map(str, columns["id"]))
+    if "objects" in columns:
+        objects = tuple(columns["objects"])
+        return Batch(images, BoxTargets.of(objects, frames), frames, ids, objects)
+    return Batch(images, _tensor(columns["label"]), frames, ids)
 
 
 def _tensor(values: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ import heapq
 import logging
 import math
 import os
+import pickle
 import select
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.data.pages import Pages
 from pipeline.data.reading import Columns, Reading, read_batches
 from pipeline.errors import DataError, VentralError, own_cause
-from pipeline.types import Int64Array, UInt8Array
+from pipeline.types import DetectorSpec, Int64Array, UInt8Array
 
 HELLO_S, STARTS = 10.0, 3
 _PREFETCH, _HELD = 2, 2  # batches of each process on their way, and in the hands of who asked for them
@@ -57,11 +58,11 @@ class _Share(IterableDataset[Columns | VentralError]):
         """Read this process's batches; errors travel as values, because torch would bury their message."""
         info = get_worker_info()
         assert info is not None
-        pages, taken = self.pages[info.id], list[int | None]()
+        pages, taken = self.pages[info.id] if self.pages else None, list[int | None]()
 
         def empty(shape: tuple[int, ...]) -> UInt8Array:
-            taken.append(page := pages.take())
-            return np.empty(shape, np.uint8) if page is None else pages.page(page)[: shape[0]]
+            taken.append(page := None if pages is None else pages.take())
+            return np.empty(shape, np.uint8) if pages is None or page is None else pages.page(page)[: shape[0]]
 
         try:
             for columns in read_batches(self.reading, self.batches[info.id :: info.num_workers], empty):
@@ -116,7 +117,8 @@ def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) ->
     if not batches:
         return
     num_tasks = min(num_tasks, len(batches))
-    pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *reading.image_shape)) for _ in range(num_tasks)]
+    shape = reading.image_shape  # without one of its own, each batch needs memory of its own
+    pages = [Pages(_PREFETCH + _HELD, (len(batches[0]), *shape)) for _ in range(num_tasks)] if shape else []
     share = _Share(reading, batches, pages)
     loader = DataLoader(
         share,
@@ -131,7 +133,7 @@ def in_processes(reading: Reading, batches: list[Int64Array], num_tasks: int) ->
             raise columns
         if isinstance(columns["image"], tuple):
             task, page = columns["image"]
-            columns["image"] = pages[task].lend(page, len(columns["label"]))
+            columns["image"] = pages[task].lend(page, len(columns["id"]))
         yield columns
 
 
@@ -176,7 +178,9 @@ def on_ray(reading: Reading, batches: list[Int64Array], num_tasks: int, decode_o
 
     if not batches:
         return
-    _set_context(num_tasks, decode_on, max(len(batches[0]) * math.prod(reading.image_shape), 1))  # else merged
+    whole = isinstance(reading.spec, DetectorSpec)  # a batch is one value: what is in its images has no fixed shape
+    batch_bytes = 0 if whole else len(batches[0]) * math.prod(reading.image_shape or ())
+    _set_context(num_tasks, decode_on, max(batch_bytes, 1))  # else blocks are merged
     num_tasks = min(num_tasks, len(batches))
     work = ray.put((reading, batches))
 
@@ -185,14 +189,18 @@ def on_ray(reading: Reading, batches: list[Int64Array], num_tasks: int, decode_o
         for first in task["first"].tolist():
             numbers = range(first, len(batches), num_tasks)
             for number, columns in zip(numbers, read_batches(reading, batches[first::num_tasks]), strict=True):
-                yield columns | {"number": np.full(len(columns["label"]), number)}
+                if whole:
+                    yield {"batch": [pickle.dumps(columns, protocol=5)], "number": np.array([number])}
+                else:
+                    yield columns | {"number": np.full(len(columns["id"]), number)}
 
     tasks = ray.data.from_items([{"first": number} for number in range(num_tasks)], override_num_blocks=num_tasks)
     blocks = tasks.map_batches(decode, batch_size=1)
     try:
         # Ray would hold the first batch back until it has the ones to prefetch too: 0.2 s of an epoch's beginning
         found = blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
-        yield from _ahead(_in_order(found, len(batches)))
+        for columns in _ahead(_in_order(found, len(batches))):
+            yield pickle.loads(columns["batch"][0]) if whole else columns  # noqa: S301  (our own tasks')
     except ray.exceptions.RayError as error:
         raise own_cause(error) from None
 

@@ -1,7 +1,7 @@
 """From draws to the columns of batches: rows are read, decoded, varied. The same code wherever it runs; no Ray.
 
-The pixels are `transforms.classify`'s, or on a GPU `gpu_decoding`'s. Who calls this, in which process, is the business
-of `pipeline.data.readers`.
+The pixels are those of `transforms.classify` or `transforms.detect`, or on a GPU of `gpu_decoding`. Who calls this, in
+which process, is the business of `pipeline.data.readers`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pipeline import imaging
+from pipeline.batch import stacked
 from pipeline.data import gpu_decoding, shards
 from pipeline.data.streams import Streams
-from pipeline.data.transforms import classify
+from pipeline.data.transforms import classify, detect
+from pipeline.data.transforms.scenes import no_objects
 from pipeline.errors import DataError, ImageError
-from pipeline.types import Frame, InputSpec, Int64Array, Split, UInt8Array
+from pipeline.types import DetectorSpec, Frame, InputSpec, Int64Array, Objects, Spec, Split, UInt8Array
 
 Columns = dict[str, Any]
-"""The columns of one batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 6], id text [B]."""
-Encoded = tuple[str, bytes, int]
-"""Id, encoded image and label of one row."""
+"""One batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 8], id text [B]; where boxes are read, also
+`objects`, a list of B."""
 Empty = Callable[[tuple[int, ...]], UInt8Array]
 """Gives memory for pictures of a shape, uninitialised."""
 
@@ -37,17 +39,36 @@ class Reading:
 
     source: shards.Shards
     split: Split
-    spec: InputSpec
+    spec: Spec
     batches_per_read: int
-    augment: classify.Augment | None = None
+    augment: classify.Augment | detect.Augment | None = None
     seed: int = 0
     epoch: int = 0
     decoder: gpu_decoding.Decoder | None = None  # None decodes on the CPU
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of one picture in a batch: channels, height, width."""
-        return (self.spec.num_channels, *self.spec.size_hw)
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Of one picture in a batch: channels, height, width; None where each batch has its own."""
+        if isinstance(self.spec, InputSpec):
+            return (self.spec.num_channels, *self.spec.size_hw)
+        return None if self.spec.fit.way == "resize" else (self.spec.num_channels, *self.spec.fit.size_hw)
+
+
+class Encoded(NamedTuple):
+    """What a batch needs of one row; `objects` where boxes are read."""
+
+    image_id: str
+    image: bytes
+    label: int
+    objects: Objects
+
+
+_MARKS = ("box_labels", "difficult", "truncated", "crowd")
+_COLUMNS: dict[type, list[str]] = {
+    InputSpec: ["image_id", "image", "label"],
+    DetectorSpec: ["image_id", "image", "label", "boxes", *_MARKS],
+}
+_NONE = no_objects()
 
 
 def _in_memory(shape: tuple[int, ...]) -> UInt8Array:
@@ -84,18 +105,30 @@ def _read_rows(reading: Reading, rows: Int64Array) -> dict[int, Encoded]:
             continue
         group_starts = np.cumsum([0, *shard.row_groups])
         groups = np.unique(np.searchsorted(group_starts, inside, side="right") - 1)
-        table = shards.read(reading.source.path / shard.name, groups.tolist(), ["image_id", "image", "label"])
+        table = shards.read(reading.source.path / shard.name, groups.tolist(), _COLUMNS[type(reading.spec)])
         held = np.concatenate([np.arange(*group_starts[group : group + 2]) for group in groups])
         places = np.searchsorted(held, inside).tolist()
         images = itertools.chain.from_iterable(map(_slices, table.column("image").chunks))
         wanted = set(places)
         found = [bytes(view) for at, view in enumerate(images) if at in wanted]
         ids, labels = table.column("image_id").to_pylist(), table.column("label").to_pylist()
+        objects = _objects(table) if isinstance(reading.spec, DetectorSpec) else [_NONE] * len(ids)
         encoded |= {
-            row: (ids[at], image, labels[at])
+            row: Encoded(ids[at], image, labels[at], objects[at])
             for row, at, image in zip((inside + start).tolist(), places, found, strict=True)
         }
     return encoded
+
+
+def _objects(table: pa.Table) -> list[Objects]:
+    """What is in each image; nothing, where that was not annotated."""
+    return [_marked(row) for row in table.select(["boxes", *_MARKS]).to_pylist()]
+
+
+def _marked(row: dict[str, Any]) -> Objects:
+    difficult, truncated, crowd = (np.array(row[flag] or [], bool) for flag in _MARKS[1:])
+    boxes_xyxy, labels = np.array(row["boxes"] or [], np.float32), np.array(row["box_labels"] or [], np.int64)
+    return Objects(boxes_xyxy.reshape(-1, 4), labels, difficult, truncated, crowd)
 
 
 def _slices(images: Any) -> Iterator[memoryview]:
@@ -107,50 +140,88 @@ def _slices(images: Any) -> Iterator[memoryview]:
 
 def _columns(reading: Reading, draws: Int64Array, encoded: list[Encoded], streams: Streams, empty: Empty) -> Columns:
     """One batch."""
-    views = _views if reading.decoder is None else _views_on_device
-    pixels, frames = views(reading, draws.tolist(), encoded, streams, empty)
+    pixels: UInt8Array | torch.Tensor
+    if isinstance(reading.spec, DetectorSpec):
+        pixels, frames, more = _scenes(reading, reading.spec, draws.tolist(), encoded, streams, empty)
+    else:
+        views = _views if reading.decoder is None else _views_on_device
+        pixels, frames = views(reading, draws.tolist(), encoded, streams, empty)
+        more = {"label": np.array([row.label for row in encoded], np.int64)}
+    numbers = [(*frame.original_hw, *frame.input_hw, *frame.scale_xy, *frame.offset_xy) for frame in frames]
     return {
         "image": pixels,
-        "label": np.array([label for _, _, label in encoded], np.int64),
-        "frame": np.array([(*frame.original_hw, *frame.scale_xy, *frame.offset_xy) for frame in frames], np.float64),
-        "id": np.array([image_id for image_id, _, _ in encoded]),
+        "frame": np.array(numbers, np.float64),
+        "id": np.array([row.image_id for row in encoded]),
+        **more,
     }
+
+
+def _scenes(
+    reading: Reading, spec: DetectorSpec, draws: list[int], encoded: list[Encoded], streams: Streams, empty: Empty
+) -> tuple[UInt8Array, list[Frame], Columns]:
+    """Pixels, frames and objects of one batch for a detector; objects are in the pixels that the frames map from."""
+    views, objects = [], []
+    for draw, row in zip(draws, encoded, strict=True):
+        with _naming(reading, row.image_id):
+            if reading.augment is None:
+                view = detect.evaluation(row.image, spec.fit, row.objects, None, reading.source.manifest.decoding)
+                objects.append(row.objects)
+            else:
+                view = _varied(reading, spec, row, encoded, streams.of(draw))
+                objects.append(view.objects)
+        views.append(view)
+    return stacked([view.image for view in views], empty), [view.frame for view in views], {"objects": objects}
+
+
+def _varied(
+    reading: Reading, spec: DetectorSpec, row: Encoded, neighbours: list[Encoded], rng: np.random.Generator
+) -> detect.View:
+    """The training view of one row; the other pictures of a mosaic are of the same batch."""
+    augment, decoding = reading.augment, reading.source.manifest.decoding
+    assert isinstance(augment, detect.Augment)
+    others = [neighbours[rng.integers(len(neighbours))] for _ in range(detect.num_scenes(augment, rng) - 1)]
+    scenes = [detect.read(one.image, one.objects, None, decoding) for one in (row, *others)]
+    return detect.training(scenes, spec.fit, augment, rng)
 
 
 def _views(
     reading: Reading, draws: list[int], encoded: list[Encoded], streams: Streams, empty: Empty
 ) -> tuple[UInt8Array, list[Frame]]:
     """Pixels and frames of one batch; each picture is written to its place once."""
+    assert reading.image_shape is not None
     pixels, frames = empty((len(draws), *reading.image_shape)), []
-    for place, (draw, (image_id, data, _)) in enumerate(zip(draws, encoded, strict=True)):
-        with _naming(reading, image_id):
-            pixels[place], frame = _view(reading, streams, draw, data)
+    for place, (draw, row) in enumerate(zip(draws, encoded, strict=True)):
+        with _naming(reading, row.image_id):
+            pixels[place], frame = _view(reading, streams, draw, row.image)
         frames.append(frame)
     return pixels, frames
 
 
 def _view(reading: Reading, streams: Streams, draw: int, data: bytes) -> tuple[UInt8Array, Frame]:
-    decoding = reading.source.manifest.decoding
-    if reading.augment is None:
-        return classify.evaluation(data, reading.spec, decoding)
-    pixels = classify.training(data, reading.spec, reading.augment, streams.of(draw), decoding)
-    return pixels, Frame(reading.spec.size_hw, reading.spec.size_hw)
+    spec, augment, decoding = reading.spec, reading.augment, reading.source.manifest.decoding
+    assert isinstance(spec, InputSpec)
+    if augment is None:
+        return classify.evaluation(data, spec, decoding)
+    assert isinstance(augment, classify.Augment)
+    pixels = classify.training(data, spec, augment, streams.of(draw), decoding)
+    return pixels, Frame(spec.size_hw, spec.size_hw)
 
 
 def _views_on_device(
     reading: Reading, draws: list[int], encoded: list[Encoded], streams: Streams, _: Empty
 ) -> tuple[torch.Tensor, list[Frame]]:
     """The same of a training batch, on the device."""
-    decoder = reading.decoder
+    decoder, spec = reading.decoder, reading.spec
     assert decoder is not None
+    assert isinstance(spec, InputSpec)
 
     def on_cpu(place: int) -> UInt8Array:
-        image_id, data, _ = encoded[place]
-        with _naming(reading, image_id):
-            return imaging.decode(data, reading.source.manifest.decoding, min_short=decoder.min_short)
+        row = encoded[place]
+        with _naming(reading, row.image_id):
+            return imaging.decode(row.image, reading.source.manifest.decoding, min_short=decoder.min_short)
 
-    pixels = decoder.batch([data for _, data, _ in encoded], map(streams.of, draws), on_cpu)
-    return pixels, [Frame(reading.spec.size_hw, reading.spec.size_hw)] * len(draws)
+    pixels = decoder.batch([row.image for row in encoded], map(streams.of, draws), on_cpu)
+    return pixels, [Frame(spec.size_hw, spec.size_hw)] * len(draws)
 
 
 @contextmanager

@@ -43,12 +43,11 @@ def evaluate(
     with torch.inference_mode():
         for batch in batches:
             moved = batch.to(device)
-            assert moved.targets is not None
             with autocast(precision, device):
                 outputs = _outputs(model, moved, views)
-                loss = torch.stack(list(model.loss(outputs, moved.targets).values())).sum()
+                loss = torch.stack(list(model.loss(outputs, moved.labels).values())).sum()
             scores = model.scores(outputs).cpu().numpy()
-            counts += Counts.of(scores, moved.targets.cpu().numpy(), float(loss) * len(batch))
+            counts += Counts.of(scores, moved.labels.cpu().numpy(), float(loss) * len(batch))
             if watch is not None:
                 watch(batch, scores)
     return counts

@@ -121,8 +121,7 @@ def _measure(work: _Work, chunks: range) -> _Part:
     seen: list[Predictions] = []
 
     def watch(batch: Batch, scores: Float32Array) -> None:
-        assert batch.targets is not None
-        seen.append(Predictions.of(work.origin, batch.ids, batch.targets.numpy(), scores))
+        seen.append(Predictions.of(work.origin, batch.ids, batch.labels.numpy(), scores))
 
     counts, views = Counts.empty(len(work.origin.classes)), work.origin.views
     for chunk in chunks:

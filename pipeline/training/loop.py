@@ -379,10 +379,9 @@ class _Run:
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The mean loss over a batch, with its graph."""
-        assert batch.targets is not None
         with autocast(self.recipe.precision, batch.images.device):
             outputs = net(batch)
-            targets = _smooth(batch.targets, outputs.shape[1], self.recipe.label_smoothing)
+            targets = _smooth(batch.labels, outputs.shape[1], self.recipe.label_smoothing)
             losses = self.model.loss(outputs, weigh(targets, self.class_weights))
             return torch.stack(list(losses.values())).sum()
 

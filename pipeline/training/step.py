@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,11 +20,8 @@ from pipeline.batch import Batch
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:
     """The images of a batch in at most so many parts of nearly equal size, in order; views, nothing is copied."""
-    images = batch.images.tensor_split(num_parts)
-    targets = [None] * num_parts if batch.targets is None else batch.targets.tensor_split(num_parts)
-    return [
-        replace(batch, images=i, targets=t, frames=(), ids=()) for i, t in zip(images, targets, strict=True) if len(i)
-    ]
+    places = np.array_split(np.arange(len(batch)), num_parts)
+    return [batch.part(int(part[0]), int(part[-1]) + 1) for part in places if len(part)]
 
 
 def backward(

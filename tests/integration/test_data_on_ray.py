@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from pipeline.data.datasets import image_folder, uri_list
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
 from pipeline.data.rows import make_shard
+from pipeline.data.transforms import detect
 from pipeline.data.transforms.classify import Augment, evaluation
 from pipeline.errors import DataError
 from pipeline.evaluation.classify import Counts
@@ -25,7 +27,7 @@ from pipeline.evaluation.live import evaluate as count
 from pipeline.evaluation.run import evaluate
 from pipeline.inference import bulk, bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.types import InputSpec, Record
+from pipeline.types import DetectorSpec, Fit, InputSpec, Record
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -140,11 +142,27 @@ def test_ingest_finished_before_is_left_alone_or_refused(made: shards.Shards, da
 
 
 def equal(left: Batch, right: Batch) -> bool:
-    assert left.targets is not None
-    assert right.targets is not None
     return (left.ids, left.frames) == (right.ids, right.frames) and bool(
-        torch.equal(left.images, right.images) and torch.equal(left.targets, right.targets)
+        torch.equal(left.images, right.images) and torch.equal(left.labels, right.labels)
     )
+
+
+@pytest.mark.parametrize("way", ["letterbox", "resize"])
+def test_loading_boxes_both_readers_give_the_same_batches(
+    boxed_stripes: shards.Shards, way: Literal["letterbox", "resize"]
+) -> None:
+    spec = DetectorSpec(Fit(way, (48, 64), short_side=40, long_side=60))
+    augment = detect.Augment(mosaic=0.5, scale=0.2)
+    on_ray = Loading(batch_size=4, reader="ray", num_tasks=2)
+    local = on_ray.model_copy(update={"reader": "local"})
+    loaders = [Loader(boxed_stripes, spec, config, augment=augment) for config in (on_ray, local)]
+    for both in (zip(*(one.train(0) for one in loaders), strict=True),
+                 zip(*(one.evaluate("val") for one in loaders), strict=True)):  # fmt: skip
+        pairs = list(both)
+        assert pairs
+        for left, right in pairs:
+            assert (left.ids, left.frames, left.objects) == (right.ids, right.frames, right.objects)
+            assert torch.equal(left.images, right.images)
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])

@@ -18,8 +18,7 @@ def test_to_batch_keeps_order_pixels_labels_and_ids() -> None:
     batch = to_batch([sample(7, 1), sample(9, 0)])
     assert batch.images.dtype == torch.uint8
     assert batch.images[:, 0, 0, 0].tolist() == [7, 9]
-    assert batch.targets is not None
-    assert (batch.targets.dtype, batch.targets.tolist()) == (torch.int64, [1, 0])
+    assert (batch.labels.dtype, batch.labels.tolist()) == (torch.int64, [1, 0])
     assert batch.ids == ("id-7", "id-9")
     assert (len(batch), len(batch.frames)) == (2, 2)
 
@@ -28,15 +27,11 @@ def test_to_batch_with_one_unknown_label_has_no_targets() -> None:
     assert to_batch([sample(7, 1), sample(9, None)]).targets is None
 
 
-def test_to_batch_of_two_sizes_is_refused() -> None:
-    with pytest.raises(ValueError, match="same shape"):
-        to_batch([sample(7, 1), sample(9, 0, side=5)])
-
-
 def test_to_moves_images_and_targets_and_keeps_the_rest() -> None:
     batch = to_batch([sample(7, 1)])
     moved = batch.to("meta")
-    assert moved.targets is not None
-    assert (moved.images.device.type, moved.targets.device.type) == ("meta", "meta")
+    assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
     assert (moved.ids, moved.frames) == (batch.ids, batch.frames)
     assert Batch(batch.images).to("meta").targets is None
+    with pytest.raises(ValueError, match="a class for each image"):
+        assert Batch(batch.images).labels

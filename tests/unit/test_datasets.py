@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from pipeline import imaging
+from pipeline import boxes, imaging
 from pipeline.config import parse
 from pipeline.data import datasets
-from pipeline.data.datasets import digits, image_folder, mnist
+from pipeline.data.datasets import digit_scenes, digits, image_folder, mnist
 from pipeline.errors import ConfigError, DataError
 
 
@@ -48,6 +49,58 @@ def test_digits_are_split_by_class_and_written_once(tmp_path: Path) -> None:
     Path(val[0].uri).write_bytes(b"kept")
     assert list(digits.records(config, "val")) == val
     assert Path(val[0].uri).read_bytes() == b"kept"
+
+
+SCENES: dict[str, Any] = {"num_scenes": (12, 6), "size_hw": (96, 128), "sides": (16, 40)}
+
+
+def test_digit_scenes_hold_digits_apart_from_each_other_and_of_the_given_size(tmp_path: Path) -> None:
+    config = digit_scenes.Config(png=tmp_path, **SCENES)
+    found = list(digit_scenes.records(config, "train"))
+    assert len(found) == 12
+    assert {len(record.objects) for record in found if record.objects is not None} <= set(range(1, 7))
+    for record in found:
+        assert record.objects is not None
+        boxes_xyxy = record.objects.boxes_xyxy
+        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+        assert (sides >= 3).all()
+        assert (sides <= 40 * 1.2 + 1).all()
+        assert (boxes_xyxy >= 0).all()
+        assert (boxes_xyxy <= [128, 96, 128, 96]).all()
+        near = boxes.iou(boxes_xyxy, boxes_xyxy) - np.eye(len(boxes_xyxy))
+        assert near.max(initial=0) <= digit_scenes.MAX_IOU + 1e-9
+
+
+def test_digit_scenes_have_ink_in_their_boxes_and_none_around(tmp_path: Path) -> None:
+    config = digit_scenes.Config(png=tmp_path, num_scenes=(20, 1), digits=(1, 1))
+    for record in digit_scenes.records(config, "train"):
+        assert record.objects is not None
+        pixels = imaging.decode(Path(record.uri).read_bytes()).astype(float)
+        left, top, right, bottom = record.objects.boxes_xyxy[0].astype(int)
+        outside = np.ones(pixels.shape[:2], bool)
+        outside[max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = False
+        from_around = np.abs(pixels - np.median(pixels[outside], axis=0)).mean(axis=2)
+        assert from_around[top:bottom, left:right].max() > 1.5 * np.percentile(from_around[outside], 90)
+
+
+def test_digit_scenes_follow_from_the_seed_their_split_and_their_number(tmp_path: Path) -> None:
+    def bytes_of(folder: str, **keys: Any) -> list[bytes]:
+        config = digit_scenes.Config(png=tmp_path / folder, **{**SCENES, **keys})
+        return [Path(record.uri).read_bytes() for record in digit_scenes.records(config, "train")]
+
+    first = bytes_of("a")
+    assert bytes_of("b", num_scenes=(5, 1)) == first[:5]
+    assert bytes_of("c", seed=1)[0] != first[0]
+    with pytest.raises(ConfigError, match="train and val only"):
+        next(digit_scenes.records(digit_scenes.Config(png=tmp_path), "test"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"), [({"sides": (40, 20)}, "smaller number first"), ({"sides": (20, 90)}, "does not fit a scene")]
+)
+def test_digit_scenes_that_cannot_be_drawn_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        digit_scenes.Config(**{**SCENES, **keys})
 
 
 def test_digits_have_no_test_split(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from pipeline import boxes, imaging
-from pipeline.config import parse
-from pipeline.data.transforms.detect import Augment, Fit, View, check, evaluation, fitted, num_scenes, read, training
+from pipeline.config import Strict, parse
+from pipeline.data.transforms.detect import Augment, View, check, evaluation, fitted, num_scenes, read, training
 from pipeline.data.transforms.scenes import GREY, UNJUDGED, Scene, crop, flip, iou_crop, mosaic, no_objects
 from pipeline.errors import ConfigError, ImageError
-from pipeline.types import BoolArray, Float32Array, Frame, Objects, UInt8Array
+from pipeline.types import BoolArray, Fit, Float32Array, Frame, Objects, UInt8Array
 
 PLAIN = Augment(flip=False)
 GEOMETRIC = Augment(iou_crop=0.7, scale=0.2, translate=0.2)
@@ -477,7 +477,11 @@ def test_augmentations_out_of_range_are_refused(keys: dict[str, Any]) -> None:
         parse(Augment, keys, "here")
 
 
+class Holder(Strict):
+    fit: Fit
+
+
 @pytest.mark.parametrize("keys", [{"size_hw": [0, 4]}, {"short_side": 0}, {"way": "squeeze"}])
 def test_fits_that_no_picture_can_meet_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(keys))):
-        parse(Fit, keys, "here")
+        parse(Holder, {"fit": keys}, "here")

@@ -39,8 +39,7 @@ def batches() -> Iterator[Batch]:
 
 def mean_loss(net: Classifier) -> Callable[[Batch], Tensor]:
     def loss_of(batch: Batch) -> Tensor:
-        assert batch.targets is not None
-        return net.loss(net(batch), batch.targets)["cross_entropy"]
+        return net.loss(net(batch), batch.labels)["cross_entropy"]
 
     return loss_of
 

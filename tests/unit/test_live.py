@@ -36,7 +36,7 @@ def test_evaluate_counts_every_image_and_weighs_the_loss_by_batch_size(model: Cl
     parts = batches(5, 2)
     counts = evaluate(model, parts, 4)
     images = torch.cat([part.images for part in parts])
-    targets = torch.cat([part.targets for part in parts if part.targets is not None])
+    targets = torch.cat([part.labels for part in parts])
     with torch.no_grad():
         logits = model(Batch(images))
     assert counts.num_images == 7
@@ -57,8 +57,7 @@ def test_evaluate_of_ten_views_averages_the_scores_of_ten_forward_passes() -> No
     mean = sum(passes[1:], passes[0]) / 10
     np.testing.assert_allclose(seen[0], mean.numpy(), atol=1e-6)
     assert not np.allclose(seen[0], passes[8].numpy(), atol=1e-3)  # the centre alone
-    assert batch.targets is not None
-    assert counts.metrics()["loss"] == pytest.approx(float(F.nll_loss(mean.log(), batch.targets)), rel=1e-5)
+    assert counts.metrics()["loss"] == pytest.approx(float(F.nll_loss(mean.log(), batch.labels)), rel=1e-5)
 
 
 def test_evaluate_leaves_the_model_in_evaluation_mode_and_without_gradients(model: Classifier) -> None:

@@ -38,7 +38,7 @@ def test_evaluation_gives_every_row_once_with_its_label_pixels_and_frame(stripes
     file = stripes.path / stripes.manifest.of("val")[0].name
     rows = shards.read(file, [0, 1]).to_pylist()
     assert [name for batch in batches for name in batch.ids] == [row["image_id"] for row in rows]
-    labels = torch.cat([batch.targets for batch in batches if batch.targets is not None])
+    labels = torch.cat([batch.labels for batch in batches])
     assert labels.tolist() == [row["label"] for row in rows]
     pixels, frame = classify.evaluation(rows[5]["image"], SPEC)
     np.testing.assert_array_equal(batches[1].images[1].numpy(), pixels)
@@ -200,7 +200,7 @@ def test_balanced_sampling_draws_a_rare_class_as_often_as_a_frequent_one(stripes
     config = LOCAL.model_copy(update={"sampling": order.Sampling(balance=True, repeats=2)})
     loader = Loader(shards.Shards(stripes.path, manifest), SPEC, config)
     batches = list(loader.train(0))
-    targets = torch.cat([batch.targets for batch in batches if batch.targets is not None])
+    targets = torch.cat([batch.labels for batch in batches])
     assert torch.bincount(targets).tolist() == [12, 12]
     views = {
         name: [b.images[at] for b in batches for at, other in enumerate(b.ids) if other == name]
@@ -246,8 +246,7 @@ def test_bands_are_loaded_as_stored_and_only_by_a_model_of_as_many(stripes: shar
     expected = resize(bands, (20, 30))[:, 2:18, 7:23]  # of the stored 20 x 30, which is not scaled again
     for batches in (loader.train(0), loader.evaluate("val")):
         (batch,) = batches
-        assert batch.targets is not None
-        assert batch.targets.tolist() == [1]
+        assert batch.labels.tolist() == [1]
         np.testing.assert_array_equal(batch.images[0].numpy(), expected)
     with pytest.raises(DataError, match=r"holds images of 5 channels, but the model takes 3; choose another model"):
         Loader(source, SPEC, one)

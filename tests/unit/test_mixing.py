@@ -34,8 +34,7 @@ def levels(size: int, height: int = 8, width: int = 12) -> Batch:
 
 
 def soft(batch: Batch) -> torch.Tensor:
-    assert batch.targets is not None
-    return batch.targets
+    return batch.labels
 
 
 def test_mixing_that_is_off_returns_the_batch_itself() -> None:

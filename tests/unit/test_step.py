@@ -34,8 +34,7 @@ def batch(count: int) -> Batch:
 
 def loss_of(model: nn.Module, of: Classifier) -> Callable[[Batch], Tensor]:
     def mean_loss(part: Batch) -> Tensor:
-        assert part.targets is not None
-        return of.loss(model(part), part.targets)["cross_entropy"]
+        return of.loss(model(part), part.labels)["cross_entropy"]
 
     return mean_loss
 
@@ -61,8 +60,7 @@ def test_split_keeps_order_and_pairs_and_makes_no_empty_part() -> None:
     parts = split(whole, 3)
     assert [len(part) for part in parts] == [3, 2, 2]
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-    assert whole.targets is not None
-    assert torch.equal(torch.cat([part.targets for part in parts if part.targets is not None]), whole.targets)
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
     assert [len(part) for part in split(batch(2), 5)] == [1, 1]
 
 

@@ -14,11 +14,9 @@ from typing import Literal
 import numpy as np
 
 from pipeline.data.datasets import ArraysConfig
-from pipeline.data.datasets._arrays import write_once
+from pipeline.data.datasets._arrays import DIGIT_LEVELS, load_digits, write_once
 from pipeline.errors import ConfigError
 from pipeline.types import Record, Split
-
-LEVELS = 16  # the brightest value of the source
 
 
 class Config(ArraysConfig):
@@ -35,15 +33,7 @@ def class_names(config: Config) -> tuple[str, ...]:
 
 def records(config: Config, split: Split) -> Iterator[Record]:
     """Write the PNG files of one split where they are missing, and name them."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import, needed only here)
-
     if split == "test":
         raise ConfigError("dataset 'digits' has the splits train and val only; take 'test' out of dataset.splits")
-    source = load_digits()
-    labels = source.target.astype(np.int64)
-    rank_in_class = np.zeros(len(labels), np.int64)
-    for digit in range(10):
-        rank_in_class[labels == digit] = np.arange(np.count_nonzero(labels == digit))
-    chosen = (rank_in_class % 5 == 4) == (split == "val")
-    images = np.rint(source.images[chosen] * (255 / LEVELS)).astype(np.uint8)
-    return write_once(config.png, split, images, labels[chosen])
+    images, labels = load_digits(split)
+    return write_once(config.png, split, np.rint(images * (255 / DIGIT_LEVELS)).astype(np.uint8), labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,9 +35,8 @@ from pipeline.data.transforms.scenes import (
     paste,
 )
 from pipeline.errors import ConfigError
-from pipeline.types import Float32Array, Frame, Objects, UInt8Array
+from pipeline.types import Fit, Float32Array, Frame, Objects, UInt8Array
 
-Side = Annotated[int, Field(ge=1)]
 _LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
 
 
@@ -56,36 +55,6 @@ class View:
     objects: Objects
     mask: UInt8Array | None
     frame: Frame
-
-
-class Fit(Strict):
-    """How a picture is brought to the size a model takes.
-
-    Attributes:
-        way: `letterbox`: as large as fits into `size_hw` in its own aspect, in the centre, grey around it; `resize`: in
-            its own aspect, short side to `short_side` unless the long one would exceed `long_side`, without padding
-            (Ren et al. 2015, "Faster R-CNN", section 3.3); `stretch`: to `size_hw`, ignoring its aspect (Redmon et al.
-            2016, "You Only Look Once", section 2).
-        size_hw: for `letterbox` and `stretch`.
-        short_side, long_side: for `resize`.
-    """
-
-    way: Literal["letterbox", "resize", "stretch"] = "letterbox"
-    size_hw: tuple[Side, Side] = (416, 416)
-    short_side: Side = 600
-    long_side: Side = 1000
-
-    def frame(self, original_hw: tuple[int, int]) -> Frame:
-        """How a picture of this size maps to the input: its scale per axis is exact, whole pixels to whole pixels."""
-        height, width = original_hw
-        if self.way == "stretch":
-            return _frame(original_hw, self.size_hw, self.size_hw)
-        if self.way == "resize":
-            factor = min(self.short_side / min(original_hw), self.long_side / max(original_hw))
-        else:
-            factor = min(self.size_hw[0] / height, self.size_hw[1] / width)
-        inner_hw = max(round(height * factor), 1), max(round(width * factor), 1)
-        return _frame(original_hw, inner_hw, inner_hw if self.way == "resize" else self.size_hw)
 
 
 class Augment(Strict):
@@ -205,13 +174,6 @@ def training(scenes: Sequence[Scene], fit: Fit, augment: Augment, rng: np.random
     view = _view(scene.image, scene.objects, scene.mask, fit.frame(scene.size_hw), min_side=1.0)
     image = _recolour(view.image, augment, rng)
     return replace(view, image=image, frame=Frame(view.frame.input_hw, view.frame.input_hw))
-
-
-def _frame(original_hw: tuple[int, int], inner_hw: tuple[int, int], input_hw: tuple[int, int]) -> Frame:
-    """The frame of a picture that is scaled to `inner_hw` and laid into the centre of `input_hw`."""
-    scale_xy = (inner_hw[1] / original_hw[1], inner_hw[0] / original_hw[0])
-    offset_xy = (float((input_hw[1] - inner_hw[1]) // 2), float((input_hw[0] - inner_hw[0]) // 2))
-    return Frame(original_hw, input_hw, scale_xy, offset_xy)
 
 
 def _view(image: UInt8Array, objects: Objects, mask: UInt8Array | None, frame: Frame, *, min_side: float = 0.0) -> View:

@@ -102,8 +102,6 @@ def mix(
 
 def _mix_pictures(batch: Batch, mixing: Mixing, num_classes: int, rng: np.random.Generator) -> Batch:
     """Mixup or cutmix with the pictures of the same batch in another order."""
-    if batch.targets is None:
-        raise ValueError("expected a batch with targets to mix, got one without")
     partners = torch.from_numpy(rng.permutation(len(batch))).to(batch.images.device)
     images = batch.images.float() if mixing.mixup > 0 else batch.images
     if mixing.mixup == 0 or (mixing.cutmix > 0 and rng.random() < mixing.switch_prob):
@@ -111,7 +109,7 @@ def _mix_pictures(batch: Batch, mixing: Mixing, num_classes: int, rng: np.random
     else:
         kept = rng.beta(mixing.mixup, mixing.mixup)
         images = torch.lerp(images[partners], images, kept)
-    targets = _soft(batch.targets, num_classes)
+    targets = _soft(batch.labels, num_classes)
     return replace(batch, images=images, targets=torch.lerp(targets[partners], targets, kept))
 
 
