@@ -77,7 +77,8 @@ class Batch:
             where the truth is unknown.
         frames: B frames, how each image maps to its original.
         ids: B image ids.
-        objects: what is in each image, in original pixels: what detections are judged by.
+        objects: what is in each image, in the pixels that its frame maps from (those of the original in evaluation, of
+            the varied picture in training): what detections are judged by.
     """
 
     images: Tensor
@@ -156,7 +157,12 @@ def stacked(images: Sequence[UInt8Array], empty: Callable[[tuple[int, ...]], UIn
 
     Args:
         empty: gives the memory for it, uninitialised.
+
+    Raises:
+        ValueError: they have different numbers of channels.
     """
+    if len({image.shape[0] for image in images}) > 1:
+        raise ValueError(f"expected images of the same channels, got {[image.shape[0] for image in images]}")
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     shape = (len(images), images[0].shape[0], height, width)
     canvas = np.empty(shape, np.uint8) if empty is None else empty(shape)

@@ -92,6 +92,12 @@ class Objects:
 _OBJECT_ARRAYS = ("boxes_xyxy", "labels", "difficult", "truncated", "crowd")
 
 
+def no_objects() -> Objects:
+    """The objects of a picture without any."""
+    none = np.zeros(0, np.bool_)
+    return Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), none, none, none)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One labelled image before it is read: where its bytes are and what they mean.
@@ -172,6 +178,8 @@ class Fit:
         """Refuse what no picture can be brought to."""
         if min(*self.size_hw, self.short_side) < 1:
             raise ValueError(f"size_hw and short_side must be positive, got {self.size_hw} and {self.short_side}")
+        if self.way not in ("letterbox", "resize", "stretch"):
+            raise ValueError(f"expected a way of letterbox, resize or stretch, got '{self.way}'")
         if self.long_side < self.short_side:
             raise ValueError(f"long_side {self.long_side} is smaller than short_side {self.short_side}")
 

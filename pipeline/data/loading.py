@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.types import Frame, InputSpec, Int64Array, Spec, Split
 
 Augment = classify.Augment | detect.Augment
+MOSAIC = 4
 
 
 class Config(Strict):
@@ -66,7 +67,8 @@ class Loader:
         source: the dataset on disk.
         spec: what the model expects of an image.
         config: batch size and reader.
-        augment: how training images are varied, as the task of `spec` has it.
+        augment: how training images are varied, as the task of `spec` has it. A mosaic takes its other pictures from
+            the same batch, so they are others on another number of workers.
         seed: of the run; the order and the variation of the images follow from it and the epoch.
         rank: this worker's number, and `world_size` how many workers there are.
         device: that trains; only `decode: gpu` asks for it, and leaves its batches there.
@@ -194,8 +196,14 @@ def _labels(source: shards.Shards) -> Int64Array:
 def _check_task(spec: Spec, augment: Augment, config: Config) -> None:
     if isinstance(spec, InputSpec) != isinstance(augment, classify.Augment):
         raise ConfigError(f"expected the augmentation of the model's task, got one of {type(augment).__module__}")
-    if isinstance(spec, InputSpec):
+    if isinstance(spec, InputSpec) or isinstance(augment, classify.Augment):
         return
+    detect.check(augment, spec.num_channels)
+    if augment.mosaic > 0 and config.batch_size < MOSAIC:
+        raise ConfigError(
+            f"augment.mosaic takes {MOSAIC} pictures of a batch, but loading.batch_size is {config.batch_size}; take a "
+            "larger one, or leave the mosaic out"
+        )
     if config.decode == "gpu":
         raise ConfigError("loading.decode: gpu knows no boxes; set it to cpu for a detector")
     if config.sampling.balance:

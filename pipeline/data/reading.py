@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pipeline import imaging
@@ -22,9 +21,8 @@ from pipeline.batch import stacked
 from pipeline.data import gpu_decoding, shards
 from pipeline.data.streams import Streams
 from pipeline.data.transforms import classify, detect
-from pipeline.data.transforms.scenes import no_objects
 from pipeline.errors import DataError, ImageError
-from pipeline.types import DetectorSpec, Frame, InputSpec, Int64Array, Objects, Spec, Split, UInt8Array
+from pipeline.types import DetectorSpec, Frame, InputSpec, Int64Array, Objects, Spec, Split, UInt8Array, no_objects
 
 Columns = dict[str, Any]
 """One batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 8], id text [B]; where boxes are read, also
@@ -111,23 +109,25 @@ def _read_rows(reading: Reading, rows: Int64Array) -> dict[int, Encoded]:
         images = itertools.chain.from_iterable(map(_slices, table.column("image").chunks))
         wanted = set(places)
         found = [bytes(view) for at, view in enumerate(images) if at in wanted]
-        ids, labels = table.column("image_id").to_pylist(), table.column("label").to_pylist()
-        objects = _objects(table) if isinstance(reading.spec, DetectorSpec) else [_NONE] * len(ids)
+        marks = table.drop_columns(["image"]).take(places).to_pylist()
         encoded |= {
-            row: Encoded(ids[at], image, labels[at], objects[at])
-            for row, at, image in zip((inside + start).tolist(), places, found, strict=True)
+            row: Encoded(mark["image_id"], image, mark["label"], _objects(reading, mark))
+            for row, mark, image in zip((inside + start).tolist(), marks, found, strict=True)
         }
     return encoded
 
 
-def _objects(table: pa.Table) -> list[Objects]:
-    """What is in each image; nothing, where that was not annotated."""
-    return [_marked(row) for row in table.select(["boxes", *_MARKS]).to_pylist()]
-
-
-def _marked(row: dict[str, Any]) -> Objects:
-    difficult, truncated, crowd = (np.array(row[flag] or [], bool) for flag in _MARKS[1:])
-    boxes_xyxy, labels = np.array(row["boxes"] or [], np.float32), np.array(row["box_labels"] or [], np.int64)
+def _objects(reading: Reading, row: dict[str, Any]) -> Objects:
+    """What is in an image, where boxes are read."""
+    if isinstance(reading.spec, InputSpec):
+        return _NONE
+    if row["boxes"] is None:
+        raise DataError(
+            f"{reading.source.path}: image '{row['image_id']}' has no annotation of objects, and a detector would "
+            "learn that there are none; make shards of annotated images only"
+        )
+    difficult, truncated, crowd = (np.array(row[flag], bool) for flag in _MARKS[1:])
+    boxes_xyxy, labels = np.array(row["boxes"], np.float32), np.array(row["box_labels"], np.int64)
     return Objects(boxes_xyxy.reshape(-1, 4), labels, difficult, truncated, crowd)
 
 
@@ -161,26 +161,29 @@ def _scenes(
 ) -> tuple[UInt8Array, list[Frame], Columns]:
     """Pixels, frames and objects of one batch for a detector; objects are in the pixels that the frames map from."""
     views, objects = [], []
-    for draw, row in zip(draws, encoded, strict=True):
-        with _naming(reading, row.image_id):
-            if reading.augment is None:
+    for place, (draw, row) in enumerate(zip(draws, encoded, strict=True)):
+        if reading.augment is None:
+            with _naming(reading, row.image_id):
                 view = detect.evaluation(row.image, spec.fit, row.objects, None, reading.source.manifest.decoding)
-                objects.append(row.objects)
-            else:
-                view = _varied(reading, spec, row, encoded, streams.of(draw))
-                objects.append(view.objects)
+            objects.append(row.objects)
+        else:
+            view = _varied(reading, spec, encoded, place, streams.of(draw))
+            objects.append(view.objects)
         views.append(view)
     return stacked([view.image for view in views], empty), [view.frame for view in views], {"objects": objects}
 
 
 def _varied(
-    reading: Reading, spec: DetectorSpec, row: Encoded, neighbours: list[Encoded], rng: np.random.Generator
+    reading: Reading, spec: DetectorSpec, encoded: list[Encoded], place: int, rng: np.random.Generator
 ) -> detect.View:
-    """The training view of one row; the other pictures of a mosaic are of the same batch."""
-    augment, decoding = reading.augment, reading.source.manifest.decoding
+    """The training view of one row of a batch; the other pictures of a mosaic are others of the batch."""
+    augment, scenes = reading.augment, []
     assert isinstance(augment, detect.Augment)
-    others = [neighbours[rng.integers(len(neighbours))] for _ in range(detect.num_scenes(augment, rng) - 1)]
-    scenes = [detect.read(one.image, one.objects, None, decoding) for one in (row, *others)]
+    others = np.delete(np.arange(len(encoded)), place)
+    chosen = rng.choice(others, detect.num_scenes(augment, rng) - 1, replace=False).tolist()
+    for row in (encoded[at] for at in (place, *chosen)):
+        with _naming(reading, row.image_id):
+            scenes.append(detect.read(row.image, row.objects, None, reading.source.manifest.decoding))
     return detect.training(scenes, spec.fit, augment, rng)
 
 

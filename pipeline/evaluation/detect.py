@@ -7,9 +7,10 @@ Two rules of matching, side by side, both on boxes in original pixels:
 - COCO (its `COCOeval`): a detection takes the free object that it overlaps most, at each of ten IoUs from 0.5 to 0.95;
   the hundred best detections of a class in an image count, and objects may be counted by their size.
 
-Objects marked difficult, or crowd, are neither to be found nor wrong to be found. In COCO's rule a crowd takes any
-number of detections, and what counts is the share of the detection that it covers. Sizes are those of boxes; COCO's
-own figures for small, medium and large objects take the areas of outlines, which shards do not keep.
+Objects marked difficult, or crowd, are neither to be found nor wrong to be found. In COCO's rule one detection of a
+difficult object is forgiven, and any number of a crowd's, of which counts what share of the detection it covers. Sizes
+are those of boxes; COCO's own figures for small, medium and large objects take the areas of outlines, which shards do
+not keep.
 
 Records merge in any order to the same record, so figures are the same on any number of workers. No torch.
 """
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from pipeline import boxes
 from pipeline.errors import DataError
 from pipeline.evaluation.curves import PrecisionRecall
-from pipeline.types import BoolArray, Detections, Float32Array, Int64Array, Objects, UInt8Array
+from pipeline.types import BoolArray, Detections, Float32Array, Int64Array, Objects, UInt8Array, no_objects
 
 VOC_IOU = 0.5
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
@@ -43,7 +44,7 @@ CORRECT, LOCALISATION, SIMILAR, OTHER, BACKGROUND = KINDS = (
     "background",
 )
 _NEAR_IOU = 0.1
-_RECALLS = {"voc07": np.linspace(0, 1, 11), "coco": np.linspace(0, 1, 101)}
+_RECALLS = {"voc07": np.arange(11) / 10, "coco": np.linspace(0, 1, 101)}  # the latter as COCO's tool rounds them
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -61,7 +62,8 @@ class Judged:
         voc: uint8 [N], `WRONG`, `RIGHT` or `IGNORED` by VOC's rule.
         coco: uint8 [N, sizes, IoUs], the same by COCO's.
         own_iou: float32 [N], the largest IoU with an object of its class.
-        other_iou: float32 [N], that with an object of another class, which is `other_labels`, int64 [N], -1 where none.
+        other_iou: float32 [N], that with an object of another class.
+        other_labels: int64 [N], the class of that object, where `other_iou` is not 0.
         num_voc: int64 [C], objects to be found by VOC's rule.
         num_coco: int64 [C, sizes], the same by COCO's.
     """
@@ -78,6 +80,12 @@ class Judged:
     other_labels: Int64Array
     num_voc: Int64Array
     num_coco: Int64Array
+
+    @classmethod
+    def empty(cls, num_classes: int) -> Judged:
+        """No image yet."""
+        one = judge(_nothing_found(), no_objects(), "", num_classes)
+        return replace(one, ids=one.ids[:0])
 
     @property
     def num_classes(self) -> int:
@@ -131,7 +139,8 @@ class Judged:
         Hoiem, Chodpathumwan, Dai, "Diagnosing Error in Object Detectors", ECCV 2012, by the bounds of Redmon et al.
         2016, "You Only Look Once", section 4.2: `correct`, right class and IoU above 0.5; `localisation`, right class
         and IoU above 0.1, or an object that was found already; `similar`, an object of a class of the same group, and
-        `other`, one of another class, by the one that is overlapped most, each with IoU above 0.1; else `background`.
+        `other`, one of another class, each with IoU above 0.1; else `background`. Here the object of another class
+        that is overlapped most decides between the two, where they let any similar one.
 
         Args:
             groups: classes that are alike, such as the animals.
@@ -186,7 +195,12 @@ class Judged:
 
 
 def judge(found: Detections, objects: Objects, image_id: str, num_classes: int) -> Judged:
-    """Judge the detections of one image; their boxes and those of the objects are in the same pixels."""
+    """Judge the detections of one image; their boxes and those of the objects are in the same pixels.
+
+    Raises:
+        DataError: a box or a score is no number, or a label is none of the classes.
+    """
+    _check(found, objects, image_id, num_classes)
     order = np.argsort(-found.scores, kind="stable")
     mine, labels, scores = found.boxes_xyxy[order], found.labels[order], found.scores[order]
     near = boxes.iou(mine, objects.boxes_xyxy)
@@ -223,10 +237,12 @@ def merge(parts: Sequence[Judged]) -> Judged:
     """Put the records of different images together, in any order.
 
     Raises:
-        DataError: there is no part, or two speak of one image.
+        DataError: there is no part, two speak of one image, or of other numbers of classes.
     """
     if not parts:
         raise DataError("expected at least one image that was judged, got none; check the split's shards")
+    if len({part.num_classes for part in parts}) > 1:
+        raise DataError(f"expected one number of classes, got {sorted({part.num_classes for part in parts})}")
     ids = np.concatenate([part.ids for part in parts])
     order = np.argsort(ids, kind="stable")
     twice = ids[order][1:][ids[order][1:] == ids[order][:-1]]
@@ -264,6 +280,21 @@ def _falling(precision: Float64Array) -> Float64Array:
     return envelope
 
 
+def _check(found: Detections, objects: Objects, image_id: str, num_classes: int) -> None:
+    if not (np.isfinite(found.boxes_xyxy).all() and np.isfinite(found.scores).all()):
+        raise DataError(f"image '{image_id}': a detection's box or score is no number; the model's weights may be none")
+    for labels, whose in ((found.labels, "detection"), (objects.labels, "object")):
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise DataError(
+                f"image '{image_id}': expected labels 0 to {num_classes - 1}, got a {whose} of {labels.min()} to "
+                f"{labels.max()}; the classes of model and data differ"
+            )
+
+
+def _nothing_found() -> Detections:
+    return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
 def _by_voc(near: Float64Array, ignored: BoolArray) -> UInt8Array:
     """Codes [D] of the detections of one class in one image, best first, from their IoUs [D, G]."""
     codes, taken = np.full(len(near), WRONG, np.uint8), np.zeros(len(ignored), bool)
@@ -285,14 +316,13 @@ def _by_coco(near: Float64Array, skipped: BoolArray, crowd: BoolArray, has_size:
         crowd: bool [G].
         has_size: bool [sizes, D], detections of that size.
     """
-    least = np.minimum(COCO_IOUS, 1 - 1e-10)
     codes = np.full((len(near), len(COCO_SIZES), len(COCO_IOUS)), WRONG, np.uint8)
     taken = np.zeros((*codes.shape[1:], near.shape[1]), bool)
     sizes, ious = np.ogrid[: codes.shape[1], : codes.shape[2]]
-    for row in np.flatnonzero((near >= least[0]).any(axis=1)).tolist():
+    for row in np.flatnonzero((near >= COCO_IOUS[0]).any(axis=1)).tolist():
         if row >= COCO_LIMITS[-1]:
             break
-        may = (near[row] >= least[:, None]) & (~taken | crowd)  # [sizes, IoUs, G]
+        may = (near[row] >= COCO_IOUS[:, None]) & (~taken | crowd)  # [sizes, IoUs, G]
         wanted = may & ~skipped[:, None, :]
         pick_from = np.where(wanted.any(axis=2, keepdims=True), wanted, may)
         # Of equal overlaps the last one, as COCOeval.

@@ -33,6 +33,7 @@ from pipeline.types import InputSpec
 
 log = logging.getLogger("ventral.training")
 
+Head = Literal["new", "zero", "keep"]
 TORCHVISION, REGISTERED = "torchvision:", "models:/"
 INITIAL = "initial.safetensors"
 
@@ -57,12 +58,14 @@ class Config(Strict):
         weights: `torchvision:<name>`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`; `models:/name@alias` or
             `models:/name/3` in the registry; the folder of a bundle; or a file (.safetensors, or a PyTorch state dict).
             Relative paths lie in `data_root` or `storage`.
-        head: `new`: the last layer is initialised anew; `keep`: it comes with the weights, for the same classes.
+        head: `new`: the last layer is initialised anew; `zero`: with zeros, so that with few images no chance weights
+            stay where the features of the training images never point; `keep`: it comes with the weights, for the same
+            classes.
         freeze: what is not trained.
     """
 
     weights: str
-    head: Literal["new", "keep"] = "new"
+    head: Head = "new"
     freeze: Freeze = Freeze()
 
 
@@ -105,8 +108,8 @@ def find(config: Config, roots: Sequence[Path], registered: Callable[[str], Bund
     return Weights(given, importing.read_state(path))
 
 
-def initialise(model: Classifier, weights: Weights, head: Literal["new", "keep"], classes: tuple[str, ...]) -> None:
-    """Give a model the weights it starts from; with a new head the last layer stays as it is.
+def initialise(model: Classifier, weights: Weights, head: Head, classes: tuple[str, ...]) -> None:
+    """Give a model the weights it starts from; with a new head the last layer stays as it is, or becomes zero.
 
     Raises:
         ConfigError: the head is to be kept, but its classes are others.
@@ -115,7 +118,10 @@ def initialise(model: Classifier, weights: Weights, head: Literal["new", "keep"]
     if head == "keep":
         _check_classes(weights, classes)
     last, layer = blocks(model)[-1]
-    fresh = {f"{last}.{name}" for name in layer.state_dict()} if head == "new" else set[str]()
+    fresh = {f"{last}.{name}" for name in layer.state_dict()} if head != "keep" else set[str]()
+    if head == "zero":
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
     importing.load_state(model, weights.state, weights.origin, fresh)
     mine, theirs = model.spec, weights.spec
     if theirs is not None and (mine.mean, mine.std) != (theirs.mean, theirs.std):

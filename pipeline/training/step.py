@@ -19,7 +19,7 @@ from pipeline.batch import Batch
 
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:
-    """The images of a batch in at most so many parts of nearly equal size, in order; views, nothing is copied."""
+    """The images of a batch in at most so many parts of nearly equal size, in order; views, no pixel is copied."""
     places = np.array_split(np.arange(len(batch)), num_parts)
     return [batch.part(int(part[0]), int(part[-1]) + 1) for part in places if len(part)]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from pipeline.batch import PADDING, Batch, BoxTargets, to_batch
 from pipeline.data import loading, order, shards
 from pipeline.data.loading import Loader
 from pipeline.data.transforms import classify, detect
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.types import DetectorSpec, Fit, Frame, InputSpec, Objects, Sample
 
 LOCAL = loading.Config(batch_size=4, num_tasks=0, batches_per_read=2)
@@ -68,19 +71,49 @@ def test_evaluation_keeps_every_object_where_the_shards_have_it(
 
 
 @every_fit
-@pytest.mark.parametrize(
-    "config", [PROCESSES, LOCAL.model_copy(update={"reader": "local"})], ids=["processes", "thread"]
-)
-def test_every_reader_gives_the_same_batches(
-    boxed_stripes: shards.Shards, spec: DetectorSpec, config: loading.Config
-) -> None:
+def test_processes_give_the_batches_of_the_thread(boxed_stripes: shards.Shards, spec: DetectorSpec) -> None:
     one = Loader(boxed_stripes, spec, LOCAL, augment=VARIED, seed=3)
-    other = Loader(boxed_stripes, spec, config, augment=VARIED, seed=3)
+    other = Loader(boxed_stripes, spec, PROCESSES, augment=VARIED, seed=3)
     for epoch in (0, 1):
         pairs = list(zip(one.train(epoch), other.train(epoch), strict=True))
         assert len(pairs) == 10
         assert all(equal(*pair) for pair in pairs)
     assert not equal(next(one.train(0)), next(one.train(1)))
+
+
+def test_mosaic_is_made_of_different_pictures_of_the_batch(boxed_stripes: shards.Shards) -> None:
+    loader = Loader(boxed_stripes, LETTERBOX, LOCAL, augment=detect.Augment(mosaic=1.0, flip=False))
+    plain = Loader(boxed_stripes, LETTERBOX, LOCAL, augment=detect.Augment(flip=False))
+    mixed, alone = (next(one.train(0)) for one in (loader, plain))
+    assert mixed.ids == alone.ids
+    assert not mixed.images.equal(alone.images)
+    with pytest.raises(ConfigError, match="takes 4 pictures of a batch"):
+        Loader(boxed_stripes, LETTERBOX, loading.Config(batch_size=3), augment=VARIED)
+
+
+def test_picture_that_does_not_decode_is_named_also_as_a_part_of_a_mosaic(
+    boxed_stripes: shards.Shards, tmp_path: Path
+) -> None:
+    table = shards.read(boxed_stripes.path / boxed_stripes.manifest.of("train")[0].name, [0], None).slice(0, 4)
+    images = [b"junk" if at == 2 else value.as_py() for at, value in enumerate(table.column("image"))]
+    source = written(boxed_stripes, table.set_column(1, "image", [pa.array(images, pa.binary())]), tmp_path)
+    name = table.column("image_id")[2].as_py()
+    with pytest.raises(DataError, match=f"image '{name}' does not decode"):
+        list(Loader(source, LETTERBOX, LOCAL, augment=detect.Augment(mosaic=1.0)).train(0))
+
+
+def test_picture_that_was_not_annotated_is_refused(stripes: shards.Shards) -> None:
+    with pytest.raises(DataError, match="has no annotation of objects"):
+        list(Loader(stripes, LETTERBOX, LOCAL).evaluate("val"))
+
+
+def written(like: shards.Shards, table: pa.Table, folder: Path) -> shards.Shards:
+    """Shards of one file for training that holds `table`."""
+    name = "train-00000.parquet"
+    pq.write_table(table, folder / name)
+    (one, *_) = like.manifest.of("train")
+    shard = one.model_copy(update={"name": name, "row_groups": (len(table),)})
+    return shards.Shards(folder, like.manifest.model_copy(update={"shards": (shard,)}))
 
 
 @every_fit
@@ -130,6 +163,15 @@ def test_what_needs_a_class_for_each_image_is_refused(
         Loader(boxed_stripes, InputSpec((28, 28)), LOCAL, augment=detect.Augment())
 
 
+def test_colours_are_not_varied_where_there_are_none(boxed_stripes: shards.Shards) -> None:
+    manifest = boxed_stripes.manifest
+    decoding = manifest.decoding.model_copy(update={"num_channels": 5})
+    source = shards.Shards(boxed_stripes.path, manifest.model_copy(update={"decoding": decoding}))
+    spec = DetectorSpec(mean=(0.5,) * 5, std=(0.2,) * 5, num_channels=5)
+    with pytest.raises(ConfigError, match="hue needs RGB"):
+        Loader(source, spec, LOCAL, augment=detect.Augment(hue=0.1))
+
+
 def objects(boxes: list[list[float]], crowd: list[bool]) -> Objects:
     num = len(boxes)
     no = np.zeros(num, bool)
@@ -169,6 +211,12 @@ def test_samples_of_several_sizes_are_stacked_with_padding() -> None:
     assert (batch.images[0, :, 4:] == PADDING).all()
     assert (batch.images[1, :, :, 3:] == PADDING).all()
     assert batch.targets is None
+
+
+def test_samples_of_different_channels_are_refused() -> None:
+    samples = [Sample(np.zeros((num, 4, 4), np.uint8), Frame((4, 4), (4, 4))) for num in (3, 1)]
+    with pytest.raises(ValueError, match="same channels"):
+        to_batch(samples)
 
 
 def test_spec_and_fit_refuse_what_no_picture_can_be() -> None:

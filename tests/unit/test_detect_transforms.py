@@ -16,9 +16,9 @@ from torchvision.transforms import v2
 from pipeline import boxes, imaging
 from pipeline.config import Strict, parse
 from pipeline.data.transforms.detect import Augment, View, check, evaluation, fitted, num_scenes, read, training
-from pipeline.data.transforms.scenes import GREY, UNJUDGED, Scene, crop, flip, iou_crop, mosaic, no_objects
+from pipeline.data.transforms.scenes import GREY, UNJUDGED, Scene, crop, flip, iou_crop, mosaic
 from pipeline.errors import ConfigError, ImageError
-from pipeline.types import BoolArray, Fit, Float32Array, Frame, Objects, UInt8Array
+from pipeline.types import BoolArray, Fit, Float32Array, Frame, Objects, UInt8Array, no_objects
 
 PLAIN = Augment(flip=False)
 GEOMETRIC = Augment(iou_crop=0.7, scale=0.2, translate=0.2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ def found(boxes: Sequence[Sequence[float]], scores: Sequence[float], labels: Seq
     )
 
 
-def scenes(seed: int, count: int = 40, *, plain: bool = False) -> list[Scene]:
+def scenes(seed: int, count: int = 40) -> list[Scene]:
     """Images with objects of every size and detections near and far of them; all scores differ."""
     rng = np.random.default_rng(seed)
     made = []
@@ -52,7 +52,7 @@ def scenes(seed: int, count: int = 40, *, plain: bool = False) -> list[Scene]:
         at, side = rng.uniform(0, 400, (num, 2)), rng.uniform(4, 160, (num, 2))
         boxes = np.concatenate([at, at + side], axis=1).astype(np.float32)
         labels = rng.integers(0, NUM_CLASSES, num)
-        crowd = rng.random(num) < (0 if plain else 0.15)
+        crowd = rng.random(num) < 0.15
         difficult = np.zeros(num, bool)
         near = np.repeat(boxes, 3, axis=0) + rng.normal(0, 6, (3 * num, 4))
         far = np.sort(rng.uniform(0, 400, (5, 2, 2)), axis=1).reshape(5, 4)
@@ -63,6 +63,24 @@ def scenes(seed: int, count: int = 40, *, plain: bool = False) -> list[Scene]:
         scores = rng.permutation(len(names)) * count + number + 1
         truth = Objects(boxes, labels, difficult, np.zeros(num, bool), crowd)
         made.append((found(guesses.tolist(), (scores / 20_000).tolist(), names.tolist()), truth, f"{number:03d}"))
+    return made
+
+
+def grid_scenes(seed: int, count: int = 40) -> list[Scene]:
+    """The same on a coarse grid: equal overlaps, IoUs at the thresholds, areas at the bounds; no two scores alike."""
+    rng, made = np.random.default_rng(seed), []
+    for number in range(count):
+        boxes = [
+            np.concatenate([at, at + side])
+            for at, side in zip(
+                rng.integers(0, 5, (14, 2)) * 16.0, rng.choice([8.0, 16.0, 32.0, 96.0], (14, 2)), strict=True
+            )
+        ]
+        labels, crowd = rng.integers(0, NUM_CLASSES, 14), rng.random(6) < 0.2
+        scores = ((rng.permutation(8) * count + number + 1) / 1000).tolist()
+        guesses = found([box.tolist() for box in boxes[6:]], scores, labels[6:].tolist())
+        truth = objects([box.tolist() for box in boxes[:6]], labels[:6].tolist(), crowd=crowd.tolist())
+        made.append((guesses, truth, f"{number:03d}"))
     return made
 
 
@@ -102,7 +120,7 @@ def by_coco(many: Sequence[Scene]) -> dict[str, float]:
 
 
 def by_voc_kit(many: Sequence[Scene], label: int) -> tuple[list[float], list[float]]:
-    """Precision and recall as the development kit's VOCevaldet makes them, in its own inclusive pixels."""
+    """Precision and recall by the rule of the development kit, in its own inclusive pixels; IoU must exceed 0.5."""
     truth = {
         name: [
             (box + VOC_ORIGIN, hard)
@@ -154,6 +172,40 @@ def test_average_precision_of_a_curve_drawn_by_hand() -> None:
     assert metrics["coco_mar100"] == pytest.approx(2 / 3)
 
 
+def test_recall_that_is_just_reached_counts_among_the_eleven() -> None:
+    boxes = [[20 * at, 0, 20 * at + 10, 10] for at in range(5)]
+    metrics = judge(found(boxes[:3], [0.9, 0.8, 0.7]), objects(boxes), "a", 1).metrics()
+    assert metrics["voc07_map50"] == pytest.approx(7 / 11)  # 0 to 0.6
+
+
+def test_overlap_of_exactly_a_half_is_enough_for_coco_alone() -> None:
+    result = judge(found([[0, 0, 10, 10]], [0.9]), objects([[0, 0, 10, 20]]), "a", 1)
+    assert (result.voc.tolist(), result.coco[0, 0].tolist()) == ([detect.WRONG], [detect.RIGHT] + [detect.WRONG] * 9)
+
+
+@pytest.mark.parametrize(
+    ("box", "score", "label", "message"),
+    [
+        ([0, 0, np.nan, 10], 0.5, 0, "'a': a detection's box or score is no number"),
+        ([0, 0, 10, 10], np.nan, 0, "'a': a detection's box or score is no number"),
+        ([0, 0, 10, 10], 0.5, 3, "'a': expected labels 0 to 2, got a detection of 3"),
+        ([0, 0, 10, 10], 0.5, -1, "'a': expected labels 0 to 2, got a detection of -1"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(box: list[float], score: float, label: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        judge(found([box], [score], [label]), objects([[0, 0, 10, 10]]), "a", NUM_CLASSES)
+
+
+def test_no_image_adds_nothing() -> None:
+    part = judge(found([[0, 0, 10, 10]], [0.5]), objects([[0, 0, 10, 10]]), "a", 1)
+    whole = merge([Judged.empty(1), part, Judged.empty(1)])
+    assert whole.metrics() == part.metrics()
+    assert whole.ids.tolist() == ["a"]
+    with pytest.raises(DataError, match="one number of classes"):
+        merge([Judged.empty(2), part])
+
+
 def test_difficult_object_is_neither_to_be_found_nor_wrong_to_be_found() -> None:
     truth = objects([[0, 0, 10, 10], [20, 0, 30, 10]], difficult=[False, True])
     guesses = found([[20, 0, 30, 10], [20, 0, 30, 10], [0, 0, 10, 10]], [0.9, 0.8, 0.7])
@@ -172,9 +224,10 @@ def test_second_detection_of_an_object_is_wrong_also_where_another_object_is_nea
     assert result.coco[:, 0, 0].tolist() == [detect.RIGHT, detect.RIGHT]  # COCO: to the one that is free
 
 
+@pytest.mark.parametrize("draw", [scenes, grid_scenes])
 @pytest.mark.parametrize("seed", range(6))
-def test_coco_metrics_are_those_of_its_own_tool(seed: int) -> None:
-    many = scenes(seed)
+def test_coco_metrics_are_those_of_its_own_tool(draw: Callable[[int], list[Scene]], seed: int) -> None:
+    many = draw(seed)
     mine, theirs = judged(many).metrics(), by_coco(many)
     assert {name for name in mine if name.startswith("coco")} == set(theirs)
     for name, value in theirs.items():
@@ -192,13 +245,14 @@ def test_coco_metrics_of_more_than_a_hundred_detections_are_those_of_its_own_too
         assert mine[name] == pytest.approx(value, abs=1e-6), name
 
 
+@pytest.mark.parametrize("draw", [scenes, grid_scenes])
 @pytest.mark.parametrize("seed", range(4))
-def test_voc_curves_are_those_of_the_development_kit(seed: int) -> None:
+def test_voc_curves_are_those_of_the_development_kit(draw: Callable[[int], list[Scene]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     many = []
-    for guess, truth, name in scenes(seed + 100, plain=True):
-        hard = rng.random(len(truth)) < 0.2
-        many.append((guess, Objects(truth.boxes_xyxy, truth.labels, hard, truth.truncated, truth.crowd), name))
+    for guess, truth, name in draw(seed + 100):
+        hard, no = rng.random(len(truth)) < 0.2, np.zeros(len(truth), bool)
+        many.append((guess, Objects(truth.boxes_xyxy, truth.labels, hard, no, no), name))
     curves = judged(many).voc_curves()
     assert sorted(curves) == [0, 1, 2]
     for label, curve in curves.items():

@@ -86,6 +86,15 @@ def test_new_head_is_fresh_even_where_the_old_one_would_fit(trained: tuple[Class
     assert equal_but(mine, model, "network.classifier.6")
 
 
+def test_zero_head_begins_with_equal_scores_over_the_given_body(trained: tuple[Classifier, Path]) -> None:
+    model, root = trained
+    mine = built(net(5), seed=1).eval()
+    start.initialise(mine, start.find(config("bundle"), [root], nowhere), "zero", tuple("abcde"))
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.manual_seed(0)).to(torch.uint8)
+    assert torch.equal(mine.scores(mine(Batch(images))), torch.full((2, 5), 0.2))
+    assert equal_but(mine, model, "network.classifier.6")
+
+
 def test_kept_head_gives_the_outputs_of_the_weights(trained: tuple[Classifier, Path]) -> None:
     model, root = trained
     mine = built(net(), seed=1)

@@ -30,12 +30,11 @@ from pipeline.data.transforms.scenes import (
     iou_crop,
     mosaic,
     move,
-    no_objects,
     overlap,
     paste,
 )
 from pipeline.errors import ConfigError
-from pipeline.types import Fit, Float32Array, Frame, Objects, UInt8Array
+from pipeline.types import Fit, Float32Array, Frame, Objects, UInt8Array, no_objects
 
 _LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
 

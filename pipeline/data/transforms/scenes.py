@@ -60,12 +60,6 @@ def check_marks(objects: Objects, mask: UInt8Array | None, size_hw: tuple[int, i
         raise ValueError(f"expected a mask of the image's size {size_hw}, got {mask.shape}")
 
 
-def no_objects() -> Objects:
-    """The objects of a picture without any."""
-    none = np.zeros(0, np.bool_)
-    return Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), none, none, none)
-
-
 def flip(scene: Scene) -> Scene:
     """Mirror left-right."""
     old, width = scene.objects.boxes_xyxy, np.float32(scene.size_hw[1])
