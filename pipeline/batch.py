@@ -121,14 +121,17 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """The images `start` to `stop` with all that belongs to them; views, no pixel is copied."""
         targets = self.targets
+        if isinstance(targets, BoxTargets):
+            targets = targets.part(start, stop)
+        elif targets is not None:
+            targets = targets[start:stop]
         return Batch(
             images=self.images[start:stop],
-            targets=targets.part(start, stop) if isinstance(targets, BoxTargets)
-            else None if targets is None else targets[start:stop],
+            targets=targets,
             frames=self.frames[start:stop],
             ids=self.ids[start:stop],
             objects=self.objects[start:stop],
-        )  # fmt: skip
+        )
 
 
 def to_batch(samples: Sequence[Sample]) -> Batch:

@@ -183,11 +183,6 @@ class Fit:
         if self.long_side < self.short_side:
             raise ValueError(f"long_side {self.long_side} is smaller than short_side {self.short_side}")
 
-    @property
-    def largest_hw(self) -> tuple[int, int]:
-        """The height and width that no input exceeds."""
-        return (self.long_side, self.long_side) if self.way == "resize" else self.size_hw
-
     def frame(self, original_hw: tuple[int, int]) -> Frame:
         """How a picture of this size maps to the input: its scale per axis is exact, whole pixels to whole pixels."""
         height, width = original_hw

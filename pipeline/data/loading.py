@@ -26,7 +26,6 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.types import Frame, InputSpec, Int64Array, Spec, Split
 
 Augment = classify.Augment | detect.Augment
-MOSAIC = 4
 
 
 class Config(Strict):
@@ -199,10 +198,10 @@ def _check_task(spec: Spec, augment: Augment, config: Config) -> None:
     if isinstance(spec, InputSpec) or isinstance(augment, classify.Augment):
         return
     detect.check(augment, spec.num_channels)
-    if augment.mosaic > 0 and config.batch_size < MOSAIC:
+    if augment.mosaic > 0 and config.batch_size < detect.MOSAIC:
         raise ConfigError(
-            f"augment.mosaic takes {MOSAIC} pictures of a batch, but loading.batch_size is {config.batch_size}; take a "
-            "larger one, or leave the mosaic out"
+            f"augment.mosaic takes {detect.MOSAIC} pictures of a batch, but loading.batch_size is {config.batch_size}; "
+            "take a larger one, or leave the mosaic out"
         )
     if config.decode == "gpu":
         raise ConfigError("loading.decode: gpu knows no boxes; set it to cpu for a detector")

@@ -105,14 +105,18 @@ class Judged:
         if not self.num_coco[:, 0].any():
             raise DataError("expected at least one object to be found, got none; check the split's annotations")
         found = {f"{rule}_map50": _mean(self.voc_average_precision(rule).values()) for rule in ("voc", "voc07")}
-        precision = {size: self._coco_precision(size) for size in COCO_SIZES}
-        found["coco_map"] = float(precision["all"].mean())
-        found["coco_map50"], found["coco_map75"] = (float(precision["all"][:, at].mean()) for at in (0, 5))
-        for size in list(COCO_SIZES)[1:]:
-            if len(precision[size]):
-                found[f"coco_map_{size}"] = float(precision[size].mean())
-                found[f"coco_mar100_{size}"] = self._coco_recall(size, COCO_LIMITS[-1])
-        return found | {f"coco_mar{limit}": self._coco_recall("all", limit) for limit in COCO_LIMITS}
+        everything, *sizes = ((size, list(self._coco_curves(size, COCO_LIMITS[-1]))) for size in COCO_SIZES)
+        precision = _coco_precision(everything[1])
+        found["coco_map"] = float(precision.mean())
+        found["coco_map50"], found["coco_map75"] = (float(precision[:, at].mean()) for at in (0, 5))
+        for size, curves in sizes:
+            if curves:
+                found[f"coco_map_{size}"] = float(_coco_precision(curves).mean())
+                found[f"coco_mar100_{size}"] = _coco_recall(curves)
+        found["coco_mar100"] = _coco_recall(everything[1])
+        return found | {
+            f"coco_mar{limit}": _coco_recall([*self._coco_curves("all", limit)]) for limit in COCO_LIMITS[:-1]
+        }
 
     def voc_curves(self) -> dict[int, PrecisionRecall]:
         """Precision against recall at IoU 0.5 by VOC's rule, for each class with objects, one point a detection."""
@@ -127,11 +131,6 @@ class Judged:
         """Average precision of each class with objects, by `voc` (area) or `voc07` (eleven points)."""
         of = average_precision if rule == "voc" else _at_recalls(_RECALLS["voc07"])
         return {label: of(curve) for label, curve in self.voc_curves().items()}
-
-    def coco_average_precision(self) -> dict[int, float]:
-        """Mean over the ten IoUs, for each class with objects."""
-        labels = np.flatnonzero(self.num_coco[:, 0]).tolist()
-        return dict(zip(labels, self._coco_precision("all").mean(axis=1).tolist(), strict=True))
 
     def errors(self, groups: Sequence[frozenset[int]] = ()) -> dict[str, float]:
         """What the best detections are, as shares: of each class as many as it has objects.
@@ -164,18 +163,6 @@ class Judged:
         mine, others = (group_of.get(int(labels[row])) for labels in (self.labels, self.other_labels))
         return SIMILAR if mine is not None and mine == others else OTHER
 
-    def _coco_precision(self, size: str) -> Float64Array:
-        """Average precision [classes with objects of that size, IoUs]."""
-        of = _at_recalls(_RECALLS["coco"])
-        rows = [[of(curve) for curve in curves] for curves in self._coco_curves(size, COCO_LIMITS[-1])]
-        return np.array(rows, np.float64).reshape(-1, len(COCO_IOUS))
-
-    def _coco_recall(self, size: str, limit: int) -> float:
-        """The recall that is reached, mean over classes and IoUs."""
-        reached = [[curve.recall[-1] if len(curve.recall) else 0.0 for curve in curves]
-                   for curves in self._coco_curves(size, limit)]  # fmt: skip
-        return float(np.mean(reached))
-
     def _coco_curves(self, size: str, limit: int) -> Iterator[list[PrecisionRecall]]:
         """For each class with objects of that size, one curve for each IoU."""
         at = list(COCO_SIZES).index(size)
@@ -204,6 +191,7 @@ def judge(found: Detections, objects: Objects, image_id: str, num_classes: int) 
     order = np.argsort(-found.scores, kind="stable")
     mine, labels, scores = found.boxes_xyxy[order], found.labels[order], found.scores[order]
     near = boxes.iou(mine, objects.boxes_xyxy)
+    covered = boxes.iou(mine, objects.boxes_xyxy, objects.crowd) if objects.crowd.any() else near
     same = labels[:, None] == objects.labels[None, :]
     other = np.where(same, 0, near)
     judged = Judged(
@@ -228,8 +216,8 @@ def judge(found: Detections, objects: Objects, image_id: str, num_classes: int) 
         judged.voc[rows] = _by_voc(near[np.ix_(rows, truth)], ignored)
         skipped = ignored[None, :] | ~_has_size(areas)  # [sizes, G]
         judged.num_coco[label] = (~skipped).sum(axis=1)
-        overlaps = boxes.iou(mine[rows], objects.boxes_xyxy[truth], crowd)
-        judged.coco[rows] = _by_coco(overlaps, skipped, crowd, _has_size(boxes.area(mine[rows])))
+        has_size = _has_size(boxes.area(mine[rows]))
+        judged.coco[rows] = _by_coco(covered[np.ix_(rows, truth)], skipped, crowd, has_size)
     return judged
 
 
@@ -272,6 +260,17 @@ def _at_recalls(recalls: Float64Array) -> Callable[[PrecisionRecall], float]:
         return float(np.append(_falling(curve.precision), 0.0)[at].mean())
 
     return average
+
+
+def _coco_precision(curves: Sequence[Sequence[PrecisionRecall]]) -> Float64Array:
+    """Average precision [classes, IoUs] of so many curves."""
+    of = _at_recalls(_RECALLS["coco"])
+    return np.array([[of(curve) for curve in row] for row in curves], np.float64)
+
+
+def _coco_recall(curves: Sequence[Sequence[PrecisionRecall]]) -> float:
+    """The recall that is reached, mean over classes and IoUs."""
+    return float(np.mean([[curve.recall[-1] if len(curve.recall) else 0.0 for curve in row] for row in curves]))
 
 
 def _falling(precision: Float64Array) -> Float64Array:

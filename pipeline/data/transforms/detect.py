@@ -144,9 +144,13 @@ def fitted(scene: Scene, fit: Fit) -> View:
     return _view(scene.image, scene.objects, scene.mask, fit.frame(scene.size_hw))
 
 
+MOSAIC: Literal[4] = 4
+"""Pictures that meet in one."""
+
+
 def num_scenes(augment: Augment, rng: np.random.Generator) -> Literal[1, 4]:
     """How many pictures the next training view takes; the first of them is the one whose turn it is."""
-    return 4 if augment.mosaic > 0 and rng.random() < augment.mosaic else 1
+    return MOSAIC if augment.mosaic > 0 and rng.random() < augment.mosaic else 1
 
 
 def training(scenes: Sequence[Scene], fit: Fit, augment: Augment, rng: np.random.Generator) -> View:
