@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from jobs._run import Job, bundle_of, progress, ray_session, run, tracking_uri
 from pipeline.data import shards
-from pipeline.inference import bulk
+from pipeline.inference import bulk, results
 from pipeline.types import Split
 
 
@@ -23,6 +23,7 @@ class Predict(Job):
         shards: with `split`, a dataset in `storage`.
         list: Parquet or CSV with a column `uri`, or text with a path on each line, in `data_root`.
         output: folder of the Parquet parts, in `storage`; a run that was stopped goes on there.
+        forms: of a detector's answers, beside Parquet: `jsonl`, `coco`, `voc`.
     """
 
     model: str
@@ -31,7 +32,8 @@ class Predict(Job):
     split: Split = "val"
     list: Path | None = None
     output: Path
-    top_k: int = Field(default=5, ge=1)
+    kept: bulk.Kept = bulk.Kept()
+    forms: tuple[results.Form, ...] = ()
     images_per_part: int = Field(default=1024, ge=1)
     num_workers: int = Field(default=2, ge=1)
 
@@ -61,12 +63,14 @@ def predict(job: Predict) -> None:
             bundle,
             inputs,
             job.store / job.output,
-            top_k=job.top_k,
+            kept=job.kept,
             images_per_part=job.images_per_part,
             num_workers=job.num_workers,
             progress=progress("images"),
         )
     print(f"images   {inputs.num_images}\noutput   {output}")
+    for made in results.write(bulk.parts_of(output), bundle.card.classes, output, job.forms):
+        print(f"         {made}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

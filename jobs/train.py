@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from jobs._run import Job, ray_session, run, tracking_uri
+from pipeline.evaluation.report import headline
 from pipeline.tracking import registry
 from pipeline.training import experiment, launch
 
@@ -25,7 +26,7 @@ def train(job: Train) -> None:
     launch.check_folder(folder, job.training.checkpoints, resume=job.training.resume)
     outcome = experiment.finished(job.name, job.training, folder) or _conduct(job)
     for split, report in outcome.reports.items():
-        print(f"{split:8} top-1 {report.metrics['top1']:.4f} of {report.num_images} images")
+        print(f"{split:8} {headline(report.metrics)} of {report.num_images} images")
     print(f"bundle   {outcome.bundle.path}")
     print(f"run      {outcome.run_url}")
     if outcome.version:

@@ -79,6 +79,8 @@ class Batch:
         ids: B image ids.
         objects: what is in each image, in the pixels that its frame maps from (those of the original in evaluation, of
             the varied picture in training): what detections are judged by.
+        proposals: for each image float32 [P, 4], regions that may hold an object, in pixels of the model's input; empty
+            where none were made.
     """
 
     images: Tensor
@@ -86,6 +88,7 @@ class Batch:
     frames: tuple[Frame, ...] = ()
     ids: tuple[str, ...] = ()
     objects: tuple[Objects, ...] = ()
+    proposals: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -116,7 +119,8 @@ class Batch:
             targets = targets.to(device, non_blocking=True)
         elif targets is not None:
             targets = targets.to(device)
-        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+        proposals = tuple(regions.to(device, non_blocking=True) for regions in self.proposals)
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets, proposals=proposals)
 
     def part(self, start: int, stop: int) -> Batch:
         """The images `start` to `stop` with all that belongs to them; views, no pixel is copied."""
@@ -131,16 +135,18 @@ class Batch:
             frames=self.frames[start:stop],
             ids=self.ids[start:stop],
             objects=self.objects[start:stop],
+            proposals=self.proposals[start:stop],
         )
 
 
 def to_batch(samples: Sequence[Sample]) -> Batch:
-    """Stack samples; targets are present only if every sample has a label, or every one its objects."""
+    """Stack samples; targets are there only if every sample has a label, or every one its objects, and so proposals."""
     labels = [sample.label for sample in samples]
     known = [label for label in labels if label is not None]
     frames = tuple(sample.frame for sample in samples)
     objects = tuple(sample.objects for sample in samples if sample.objects is not None)
     has_objects = len(objects) == len(samples) > 0
+    proposals = [sample.proposals for sample in samples if sample.proposals is not None]
     targets: Tensor | BoxTargets | None = None
     if has_objects:
         targets = BoxTargets.of(objects, frames)
@@ -152,6 +158,7 @@ def to_batch(samples: Sequence[Sample]) -> Batch:
         frames=frames,
         ids=tuple(sample.image_id for sample in samples),
         objects=objects if has_objects else (),
+        proposals=tuple(map(torch.from_numpy, proposals)) if len(proposals) == len(samples) else (),
     )
 
 

@@ -109,7 +109,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"{hint}(known: {', '.join(known)})"
 
 
-class ByName:
+class Chooser:
+    """A validator for fields whose schema is chosen by what is given."""
+
+    def schema(self, node: Any, beside: Any) -> type[Strict] | None:
+        """The schema of a given value, where it can be told; `beside` is the mapping that it lies in."""
+        raise NotImplementedError
+
+
+class ByName(Chooser):
     """A validator for fields whose schema is chosen by their own key `name`, one file per name.
 
     Use it as `Annotated[SerializeAsAny[Strict], BeforeValidator(ByName("model", names, schema_of))]`; error paths stay
@@ -135,6 +143,10 @@ class ByName:
             message = f"unknown {self.kind} '{name}'; {nearest(name, self.names())}"
             raise PydanticCustomError("unknown_name", "{message}", {"message": message})
         return validate(self.schema_of(name), value)
+
+    def schema(self, node: Any, beside: Any) -> type[Strict] | None:
+        """That of the name."""
+        return self.schema_of(node["name"]) if isinstance(node, dict) else None
 
 
 def _read(path: Path) -> Any:
@@ -193,22 +205,22 @@ def _keys_at(schema: type[BaseModel], loc: Sequence[int | str], raw: Mapping[str
         if isinstance(part, int):  # an element of a list: its schema was found with the list
             node = node[part] if isinstance(node, list) else None
         else:
-            node = node.get(part) if isinstance(node, dict) else None
-            fields = _schema_of_field(fields, part, node)
+            beside, node = node, node.get(part) if isinstance(node, dict) else None
+            fields = _schema_of_field(fields, part, node, beside)
     if hasattr(fields, "model_fields"):
         return list(fields.model_fields)
     return list(getattr(fields, "__dataclass_fields__", {}))
 
 
-def _schema_of_field(schema: Any, part: int | str, node: Any) -> Any:
+def _schema_of_field(schema: Any, part: int | str, node: Any, beside: Any) -> Any:
     field = getattr(schema, "model_fields", {}).get(part)
     if field is None:
         return None
     inside = (item for arg in get_args(field.annotation) for item in getattr(arg, "__metadata__", ()))  # of `X | None`
     for validator in (*field.metadata, *inside):
         chooser = getattr(validator, "func", None)
-        if isinstance(chooser, ByName) and isinstance(node, dict):
-            return chooser.schema_of(node["name"])
+        if isinstance(chooser, Chooser) and (chosen := chooser.schema(node, beside)):
+            return chosen
     for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
         if hasattr(candidate, "__dataclass_fields__") or (
             isinstance(candidate, type) and issubclass(candidate, BaseModel)

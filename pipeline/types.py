@@ -183,6 +183,11 @@ class Fit:
         if self.long_side < self.short_side:
             raise ValueError(f"long_side {self.long_side} is smaller than short_side {self.short_side}")
 
+    @property
+    def largest_hw(self) -> tuple[int, int]:
+        """What a picture comes to at most, lying."""
+        return (self.short_side, self.long_side) if self.way == "resize" else self.size_hw
+
     def frame(self, original_hw: tuple[int, int]) -> Frame:
         """How a picture of this size maps to the input: its scale per axis is exact, whole pixels to whole pixels."""
         height, width = original_hw
@@ -213,6 +218,7 @@ class Sample:
         frame: how the image maps to the original.
         image_id: the record's id.
         objects: what is in the picture, in original pixels; None where that is not known.
+        proposals: float32 [P, 4], regions that may hold an object, in pixels of `image`; None where none were made.
     """
 
     image: UInt8Array
@@ -220,6 +226,7 @@ class Sample:
     label: int | None = None
     image_id: str = ""
     objects: Objects | None = None
+    proposals: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +271,15 @@ class Detections:
         """Return the number of detections."""
         return len(self.labels)
 
+    def best(self, score_threshold: float, most: int | None = None) -> Detections:
+        """Those of at least a score, and of them at most so many; none that is left depends on what goes."""
+        kept = np.flatnonzero(self.scores >= score_threshold)[:most]
+        return Detections(self.boxes_xyxy[kept], self.labels[kept], self.scores[kept])
+
+
+Answer = Classification | Detections
+"""What a model says of one image."""
+
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
@@ -287,6 +303,11 @@ class InputSpec:
     num_channels: int = 3
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    @property
+    def largest_hw(self) -> tuple[int, int]:
+        """What every picture comes to."""
+        return self.size_hw
 
     def __post_init__(self) -> None:
         """Refuse a specification that no image can meet."""
@@ -314,6 +335,11 @@ class DetectorSpec:
     num_channels: int = 3
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    @property
+    def largest_hw(self) -> tuple[int, int]:
+        """What a picture comes to at most, lying."""
+        return self.fit.largest_hw
 
     def __post_init__(self) -> None:
         """Refuse what no image can be normalised by."""

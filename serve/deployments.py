@@ -16,19 +16,19 @@ from functools import partial
 import ray.serve
 import torch
 
-from pipeline.batch import Batch, to_batch
+from pipeline.batch import to_batch
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.types import Classification, Sample
-from serve.schemas import ModelArgs, Ranked, Refused, Served
+from pipeline.types import Answer, Detections, Sample
+from serve.schemas import Box, ModelArgs, Refused, Served, Told, Wanted
 
 
 @dataclass(frozen=True, slots=True)
 class _Inferred:
     """One image's place in a batch that was computed; times in seconds of the monotonic clock."""
 
-    answer: Classification
+    answer: Answer
     began_s: float
     ended_s: float
 
@@ -43,14 +43,15 @@ class Replica:
         self.engine = ThreadPoolExecutor(1, "infer")
         join = ray.serve.batch(max_batch_size=args.batch.max_size, batch_wait_timeout_s=args.batch.wait_ms / 1000)
         self.join = join(self._infer)
-        self._warm_up(args.batch.max_size)
+        for size in (1, args.batch.max_size):  # so that the first request waits for nothing
+            self.engine.submit(self.predictor.warm_up, size).result()
 
     async def ready(self) -> bool:
         """Answer at all: the model is loaded before any request is taken."""
         return True
 
-    async def predict(self, data: bytes, top_k: int) -> Ranked | Refused:
-        """Rank the classes of an encoded image, the best `top_k` of them."""
+    async def predict(self, data: bytes, wanted: Wanted) -> Told | Refused:
+        """Rank the classes of an encoded image, or find its objects."""
         loop = asyncio.get_running_loop()
         start_s = time.perf_counter()
         try:
@@ -59,11 +60,12 @@ class Replica:
             return Refused(error.reason, str(error))
         decoded_s = time.perf_counter()
         done: _Inferred = await self.join(sample)
-        labels = done.answer.labels[:top_k].tolist()
-        return Ranked(
+        labels, scores, boxes = _chosen(done.answer, wanted)
+        return Told(
             labels=tuple(labels),
             class_names=tuple(self.predictor.classes[label] for label in labels),
-            scores=tuple(done.answer.scores[:top_k].tolist()),
+            scores=tuple(scores),
+            boxes=boxes,
             decode_ms=_ms(start_s, decoded_s),
             queue_ms=_ms(decoded_s, done.began_s),
             infer_ms=_ms(done.began_s, done.ended_s),
@@ -77,12 +79,13 @@ class Replica:
         answers = self.predictor.predict_batch(to_batch(samples))
         return list(map(partial(_Inferred, began_s=began_s, ended_s=time.perf_counter()), answers))
 
-    def _warm_up(self, max_size: int) -> None:
-        """Compute once with one image and once with a full batch, so that the first request waits for nothing."""
-        spec = self.predictor.model.spec
-        for size in (1, max_size):
-            images = torch.zeros(size, spec.num_channels, *spec.size_hw, dtype=torch.uint8)
-            self.engine.submit(self.predictor.predict_batch, Batch(images)).result()
+
+def _chosen(answer: Answer, wanted: Wanted) -> tuple[list[int], list[float], tuple[Box, ...] | None]:
+    """Labels, scores and boxes of what was asked for."""
+    if isinstance(answer, Detections):
+        best = answer.best(wanted.score_threshold, wanted.max_detections)
+        return best.labels.tolist(), best.scores.tolist(), tuple(map(tuple, best.boxes_xyxy.tolist()))
+    return answer.labels[: wanted.top_k].tolist(), answer.scores[: wanted.top_k].tolist(), None
 
 
 def _ms(start_s: float, end_s: float) -> float:

@@ -19,17 +19,29 @@ from starlette.requests import ClientDisconnect
 from pipeline.config import nearest
 from serve import problems
 from serve.problems import Problem, ProblemOut
-from serve.schemas import Answer, Limits, ModelList, ModelOut, Prediction, Ranked, Refused, Served, Timing
+from serve.schemas import (
+    Answer,
+    DetectedObject,
+    Limits,
+    ModelList,
+    ModelOut,
+    Prediction,
+    Refused,
+    Served,
+    Timing,
+    Told,
+    Wanted,
+)
 
 READY_S = 2.0
-DEFAULT_TOP_K = 5
+MAX_DETECTIONS = 1000  # of one image, that a request may ask for
 
 
 class Ask(Protocol):
     """How a model is reached."""
 
-    def predict(self, name: str, data: bytes, top_k: int) -> Awaitable[Ranked | Refused]:
-        """The best `top_k` classes of an encoded image."""
+    def predict(self, name: str, data: bytes, wanted: Wanted) -> Awaitable[Told | Refused]:
+        """What a model says of an encoded image."""
 
     def ready(self, name: str) -> Awaitable[bool]:
         """True as soon as a replica of the model is loaded."""
@@ -63,9 +75,9 @@ class Endpoint:
         """The application, made where it runs."""
         return application(self.served, self.limits, self)
 
-    async def predict(self, name: str, data: bytes, top_k: int) -> Ranked | Refused:
+    async def predict(self, name: str, data: bytes, wanted: Wanted) -> Told | Refused:
         """Ask a replica of the model."""
-        return cast(Ranked | Refused, await self.handles[name].predict.remote(data, top_k))
+        return cast(Told | Refused, await self.handles[name].predict.remote(data, wanted))
 
     async def ready(self, name: str) -> bool:
         """Whether a replica of the model answers."""
@@ -96,14 +108,22 @@ class Ingress:
         """List what is served."""
         return ModelList(models=[_model_out(model) for model in self.served.values()])
 
-    async def predict(self, request: Request, model: str, top_k: Annotated[int | None, Query(ge=1)] = None) -> Response:
-        """Rank the classes of one encoded image (JPEG, PNG or WebP; the content type does not matter)."""
+    async def predict(
+        self,
+        request: Request,
+        model: str,
+        top_k: Annotated[int | None, Query(ge=1)] = None,
+        score_threshold: Annotated[float | None, Query(ge=0, le=1)] = None,
+        max_detections: Annotated[int | None, Query(ge=1, le=MAX_DETECTIONS)] = None,
+    ) -> Response:
+        """Rank the classes of one encoded image, or find its objects (JPEG, PNG or WebP, whatever the content type).
+
+        `top_k` is for classifiers, `score_threshold` (0.25) and `max_detections` (100) are for detectors.
+        """
         found = self._find(model)
-        if top_k is not None and top_k > found.num_classes:
-            raise Problem(422, "query", f"query.top_k: {model} has {found.num_classes} classes, got {top_k}.")
+        wanted = _wanted(found, top_k, score_threshold, max_detections)
         with self._room():
-            data = await self._body(request)
-            answer = await self._ask(model, data, top_k or min(DEFAULT_TOP_K, found.num_classes))
+            answer = await self._ask(model, await self._body(request), wanted)
         if isinstance(answer, Refused):
             raise problems.of_image(answer)
         told = _answer(found, problems.request_id(request), answer)
@@ -153,10 +173,10 @@ class Ingress:
         # What is left of the body is not read: the connection cannot be used again.
         return Problem(413, "too_large", f"The body is larger than {limit} bytes.", {"Connection": "close"})
 
-    async def _ask(self, name: str, data: bytes, top_k: int) -> Ranked | Refused:
+    async def _ask(self, name: str, data: bytes, wanted: Wanted) -> Told | Refused:
         try:
             async with asyncio.timeout(self.limits.answer_s):
-                return await self.ask.predict(name, data, top_k)
+                return await self.ask.predict(name, data, wanted)
         except Exception as error:
             raise problems.of_exception(error) from error
 
@@ -168,13 +188,40 @@ class Ingress:
             return problems.of_exception(error).code == "overloaded"  # too busy to say so is ready enough
 
 
-def _answer(found: Served, request_id: str, ranked: Ranked) -> Answer:
-    rows = zip(ranked.labels, ranked.class_names, ranked.scores, strict=True)
+def _wanted(found: Served, top_k: int | None, score_threshold: float | None, max_detections: int | None) -> Wanted:
+    """What a request asks of a model, each key being one of its task."""
+    plain = Wanted()
+    if found.task == "classification":
+        wrong = {"score_threshold": score_threshold, "max_detections": max_detections}
+    else:
+        wrong = {"top_k": top_k}
+    for key, value in wrong.items():
+        if value is not None:
+            raise Problem(422, "query", f"query.{key}: {found.name} is for {found.task}, leave it out.")
+    if top_k is not None and top_k > found.num_classes:
+        raise Problem(422, "query", f"query.top_k: {found.name} has {found.num_classes} classes, got {top_k}.")
+    return Wanted(
+        top_k or min(plain.top_k, found.num_classes),
+        plain.score_threshold if score_threshold is None else score_threshold,
+        plain.max_detections if max_detections is None else max_detections,
+    )
+
+
+def _answer(found: Served, request_id: str, told: Told) -> Answer:
+    rows = zip(told.labels, told.class_names, told.scores, strict=True)
+    predictions: list[DetectedObject] | list[Prediction]
+    if told.boxes is None:
+        predictions = [Prediction(label=label, class_name=name, score=score) for label, name, score in rows]
+    else:
+        predictions = [
+            DetectedObject(label=label, class_name=name, score=score, box=box)
+            for (label, name, score), box in zip(rows, told.boxes, strict=True)
+        ]
     return Answer(
         model=_model_out(found),
         request_id=request_id,
-        predictions=[Prediction(label=label, class_name=name, score=score) for label, name, score in rows],
-        timing_ms=Timing(decode=ranked.decode_ms, queue=ranked.queue_ms, infer=ranked.infer_ms),
+        predictions=predictions,
+        timing_ms=Timing(decode=told.decode_ms, queue=told.queue_ms, infer=told.infer_ms),
     )
 
 

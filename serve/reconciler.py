@@ -48,4 +48,4 @@ def _registered(model: ModelArgs, args: AppArgs) -> Served:
 
 
 def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle) -> Served:
-    return Served(model.name, version, alias, found.path, len(found.card.classes))
+    return Served(model.name, version, alias, found.path, len(found.card.classes), found.card.task)

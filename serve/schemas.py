@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline.config import Strict
 
 MIB = 2**20
+Task = Literal["classification", "detection"]  # as models have it, without importing torch
+Box = tuple[float, float, float, float]
 
 
 class Batching(Strict):
@@ -136,15 +138,35 @@ class Served:
     alias: str | None
     bundle: Path
     num_classes: int
+    task: Task = "classification"
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
-    """A replica's answer about one image: the first classes, best first, and where the time went."""
+class Wanted:
+    """What a request asks of a replica, beside its image; each task takes its own.
+
+    Attributes:
+        top_k: classes, of a classifier.
+        score_threshold, max_detections: of a detector.
+    """
+
+    top_k: int = 5
+    score_threshold: float = 0.25
+    max_detections: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A replica's answer about one image: classes, best first, of a detector with their boxes, and the time it took.
+
+    Attributes:
+        boxes: (x_min, y_min, x_max, y_max) in pixels of the upright original; None where whole images are classified.
+    """
 
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     scores: tuple[float, ...]
+    boxes: tuple[Box, ...] | None
     decode_ms: float
     queue_ms: float
     infer_ms: float
@@ -174,6 +196,12 @@ class Prediction(BaseModel):
     score: float
 
 
+class DetectedObject(Prediction):
+    """One object; `box` is x_min, y_min, x_max, y_max in pixels of the image after EXIF orientation."""
+
+    box: Box
+
+
 class Timing(BaseModel):
     """Milliseconds spent on this image: decoding it, waiting for its batch, in its batch's forward pass."""
 
@@ -183,11 +211,11 @@ class Timing(BaseModel):
 
 
 class Answer(BaseModel):
-    """What `POST /predict/{model}` answers: the best classes first."""
+    """What `POST /predict/{model}` answers: the best classes, or the objects that were found, best first."""
 
     model: ModelOut
     request_id: str
-    predictions: list[Prediction]
+    predictions: list[DetectedObject] | list[Prediction]
     timing_ms: Timing
 
 

@@ -17,7 +17,7 @@ from jobs import _stack
 from jobs._process import Service, stop
 from pipeline import imaging
 from pipeline.data import rows, shards
-from pipeline.data.datasets import image_folder
+from pipeline.data.datasets import digit_scenes, image_folder
 from pipeline.types import Objects, Record, Split
 
 # A machine is busy now and then, and whichever case comes first imports torch.
@@ -110,8 +110,21 @@ def boxed_stripes(stripes_folder: Path, tmp_path_factory: pytest.TempPathFactory
     )
 
 
-def _shards_of(path: Path, records: Mapping[Split, Sequence[Record]]) -> shards.Shards:
-    """Records of stripes as shards of at most 24 rows, in row groups of 8."""
+@pytest.fixture(scope="session")
+def small_scenes(tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
+    """Digits in scenes of 64 x 64 pixels, one to three in each: 40 for training and 13 for validation."""
+    path = tmp_path_factory.mktemp("scenes-shards")
+    dataset = digit_scenes.Config(
+        png=path / "png", size_hw=(64, 64), num_scenes=(40, 13), digits=(1, 3), sides=(18, 30)
+    )
+    listed: dict[Split, Sequence[Record]] = {split: [*digit_scenes.records(dataset, split)] for split in dataset.splits}
+    return _shards_of(path, listed, digit_scenes.class_names(dataset))
+
+
+def _shards_of(
+    path: Path, records: Mapping[Split, Sequence[Record]], classes: tuple[str, ...] = ("across", "down")
+) -> shards.Shards:
+    """Records as shards of at most 24 rows, in row groups of 8."""
     config, made = rows.Config(rows_per_group=8), list[shards.Shard]()
     for split, ones in records.items():
         for at in range(0, len(ones), 24):
@@ -120,7 +133,7 @@ def _shards_of(path: Path, records: Mapping[Split, Sequence[Record]]) -> shards.
             made.append(one.shard)
     manifest = shards.Manifest(
         dataset="image_folder",
-        classes=("across", "down"),
+        classes=classes,
         class_counts={"train": (20, 20), "val": (7, 6)},
         num_rejects=0,
         shards=tuple(made),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import models
 from pipeline.batch import Batch
-from pipeline.models._contract import ClassifierConfig
+from pipeline.models._contract import ModelConfig
 
 NUM_IMAGES = 2  # batch normalisation refuses one
 Format = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -32,10 +32,10 @@ PEAKS: dict[str, dict[Format, float]] = {
 for the SXM5 parts, whose arithmetic is the H200's too; NVIDIA A100 Tensor Core GPU datasheet (2021)."""
 
 
-def per_image(config: ClassifierConfig) -> int:
+def per_image(config: ModelConfig) -> int:
     """FLOP of one training image, forward and backward; nothing is computed and no weights are made for it."""
     with torch.device("meta"):
-        model = models.build(config)
+        model = models.build_classifier(config)
         images = torch.zeros(NUM_IMAGES, model.spec.num_channels, *model.spec.size_hw, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(NUM_IMAGES, dtype=torch.int64))
     counter = FlopCounterMode(display=False)

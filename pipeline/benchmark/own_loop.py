@@ -71,7 +71,7 @@ def train(task: Task, rank: int, device: torch.device, roots: list[int]) -> Figu
     """Train on one rank; its process group is initialised, where there are several."""
     recipe = task.recipe.model_copy(update={"epochs": 1})
     torch.manual_seed(recipe.seed)
-    model, clock = models.build(recipe.model), task.clock(device, roots)
+    model, clock = models.build_classifier(recipe.model), task.clock(device, roots)
     fit(model, Timed(task, model, clock, rank, device), recipe, device=device)
     return clock.figures(task.global_batch_size)
 

@@ -35,7 +35,7 @@ def train(task: Task, rank: int, device: torch.device, roots: list[int]) -> Figu
     """Train on one rank; its process group is initialised, where there are several."""
     recipe, clock = task.recipe, task.clock(device, roots)
     torch.manual_seed(recipe.seed)
-    model = models.build(recipe.model)
+    model = models.build_classifier(recipe.model)
     batches = _synthetic(task, model.spec, device) if task.data == "synthetic" else _real(task, model.spec, rank)
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     net: nn.Module = model.network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch knows both

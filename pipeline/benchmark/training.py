@@ -28,7 +28,7 @@ from pipeline.benchmark.training_report import Block, Report, model_of
 from pipeline.config import Strict, nearest
 from pipeline.data.datasets import AnyDataset
 from pipeline.errors import ConfigError, DataError, VentralError
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 
 KNOWN_TO_ALL = {"model", "loading", "optim", "precision", "channels_last", "compile"}
 Session = Callable[[int], AbstractContextManager[str]]

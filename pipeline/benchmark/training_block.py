@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from pipeline.benchmark.clock import Clock, Figures, Steps
 from pipeline.config import Strict
 from pipeline.errors import DataError
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 
 Way = Literal["loop", "ray", "script"]
 """This project's loop in plain processes; the same under Ray Train; a plain script of the reference's shape."""

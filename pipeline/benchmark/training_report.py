@@ -11,7 +11,7 @@ from pipeline.benchmark.flops import Format
 from pipeline.benchmark.rounds import Facts, Spread, aligned, circumstances, spread
 from pipeline.benchmark.training_block import Data, Way
 from pipeline.config import Strict
-from pipeline.models._contract import ClassifierConfig
+from pipeline.models._contract import ModelConfig
 
 TITLES: dict[Way, str] = {"loop": "loop", "ray": "loop under Ray Train", "script": "plain script"}
 GOAL = 1.03
@@ -95,7 +95,7 @@ class Report(Facts):
         return max(same, key=lambda other: self.of(other, _rate).median, default=None)
 
 
-def model_of(config: ClassifierConfig) -> dict[str, object]:
+def model_of(config: ModelConfig) -> dict[str, object]:
     """A model's configuration, to be compared with others."""
     return config.model_dump(mode="json")
 

@@ -8,7 +8,7 @@ are decoded on the device instead, by `pipeline.data.gpu_decoding`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from pipeline.batch import Batch, BoxTargets
 from pipeline.config import Strict
 from pipeline.data import gpu_decoding, order, readers, shards
+from pipeline.data import proposals as made
 from pipeline.data.order import Sampling
 from pipeline.data.reading import Columns, Reading
 from pipeline.data.transforms import classify, detect
@@ -42,6 +43,8 @@ class Config(Strict):
         decode: `gpu` decodes training images on the device that trains, read in a thread beside it; for `reader: local`
             with crop and flip only. Written for nvJPEG, but not measured on a GPU; on the CPU there is no reason for
             it. Evaluation decodes on the CPU in any case, so that its scores are those of the endpoint.
+        proposals: name of the region proposals, made by `jobs.propose` beside the shards, that a detector is given in
+            training and evaluation; not with `augment.mosaic`. None: none are read.
     """
 
     batch_size: int = Field(default=64, ge=1)
@@ -51,6 +54,7 @@ class Config(Strict):
     decode_on: dict[str, str] = Field(default={"role": "ingest"})
     sampling: Sampling = Sampling()
     decode: Literal["cpu", "gpu"] = "cpu"
+    proposals: made.Name | None = None
 
     @model_validator(mode="after")
     def _decodes_where_it_reads(self) -> Self:
@@ -73,9 +77,10 @@ class Loader:
         device: that trains; only `decode: gpu` asks for it, and leaves its batches there.
 
     Raises:
-        DataError: the images have another number of channels than the model takes.
+        DataError: the images have another number of channels than the model takes; the dataset has no proposals of
+            that name, or those of another one.
         ConfigError: `decode: gpu` with an augmentation or a device that it does not support; what a classifier can do
-            and a detector cannot, or the other way round.
+            and a detector cannot, or the other way round; proposals with a mosaic.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Loader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self._proposals = None if config.proposals is None else made.read(source, config.proposals)
         self._labels: Int64Array | None = None
         self._decoder: gpu_decoding.Decoder | None = None
         if config.decode == "gpu" and isinstance(spec, InputSpec) and isinstance(self.augment, classify.Augment):
@@ -135,6 +141,9 @@ class Loader:
         Args:
             epoch: counted from 0.
             offset: draws of this epoch that are behind us, on any number of workers.
+
+        Raises:
+            DataError: the split has no proposals, though they were asked for.
         """
         groups = [rows for shard in self.source.manifest.of("train") for rows in shard.row_groups]
         draws = order.training_order(groups, self.seed, epoch, self._sampled(epoch))[offset:]
@@ -143,7 +152,11 @@ class Loader:
         return self._batches(reading, share)
 
     def evaluate(self, split: Split) -> Iterator[Batch]:
-        """The part of a split that belongs to this rank, each image once, as the predictor would see it."""
+        """The part of a split that belongs to this rank, each image once, as the predictor would see it.
+
+        Raises:
+            DataError: as for `train`.
+        """
         share = order.evaluation_share(self.source.manifest.num_rows(split), self.rank, self.world_size)
         return self._batches(self._reading(split), share)
 
@@ -155,7 +168,10 @@ class Loader:
         return order.sampled_rows(self.config.sampling, self._labels, self.seed, epoch)
 
     def _reading(self, split: Split, augment: Augment | None = None, epoch: int = 0) -> Reading:
-        return Reading(self.source, split, self.spec, self.config.batches_per_read, augment, self.seed, epoch)
+        if self._proposals is not None:
+            check_proposals(self._proposals, [split])
+        batches_per_read, given = self.config.batches_per_read, self._proposals
+        return Reading(self.source, split, self.spec, batches_per_read, augment, self.seed, epoch, proposals=given)
 
     def _batches(self, reading: Reading, draws: Int64Array) -> Iterator[Batch]:
         batches = [draws[at : at + self.config.batch_size] for at in range(0, len(draws), self.config.batch_size)]
@@ -185,6 +201,20 @@ def warm_up(config: Config, num_workers: int = 1) -> list[Any]:
     return readers.warm_up(config.num_tasks * num_workers, config.decode_on)
 
 
+def check_proposals(found: made.Proposals, splits: Iterable[Split]) -> None:
+    """Make sure that all images of some splits have proposals.
+
+    Raises:
+        DataError: those of a split were not made.
+    """
+    for split in splits:
+        if split not in found.made.splits:
+            raise DataError(
+                f"{found.path}: has no proposals of the split '{split}', only of {', '.join(found.made.splits)}; run "
+                f"python -m jobs.propose for it, with name={found.path.name}"
+            )
+
+
 def _labels(source: shards.Shards) -> Int64Array:
     """The label of every training row."""
     files = source.manifest.of("train")
@@ -196,8 +226,14 @@ def _check_task(spec: Spec, augment: Augment, config: Config) -> None:
     if isinstance(spec, InputSpec) != isinstance(augment, classify.Augment):
         raise ConfigError(f"expected the augmentation of the model's task, got one of {type(augment).__module__}")
     if isinstance(spec, InputSpec) or isinstance(augment, classify.Augment):
+        if config.proposals is not None:
+            raise ConfigError("loading.proposals are for a detector, a classifier is shown no regions; leave them out")
         return
     detect.check(augment, spec.num_channels)
+    if augment.mosaic > 0 and config.proposals is not None:
+        raise ConfigError(
+            "augment.mosaic cannot be used with loading.proposals, which were made for single pictures; set it to 0"
+        )
     if augment.mosaic > 0 and config.batch_size < detect.MOSAIC:
         raise ConfigError(
             f"augment.mosaic takes {detect.MOSAIC} pictures of a batch, but loading.batch_size is {config.batch_size}; "
@@ -217,8 +253,8 @@ def _to_batch(columns: Columns) -> Batch:
     )
     ids = tuple(map(str, columns["id"]))
     if "objects" in columns:
-        objects = tuple(columns["objects"])
-        return Batch(images, BoxTargets.of(objects, frames), frames, ids, objects)
+        objects, proposals = tuple(columns["objects"]), tuple(map(_tensor, columns.get("proposals", ())))
+        return Batch(images, BoxTargets.of(objects, frames), frames, ids, objects, proposals)
     return Batch(images, _tensor(columns["label"]), frames, ids)
 
 

@@ -19,14 +19,27 @@ import torch
 from pipeline import imaging
 from pipeline.batch import stacked
 from pipeline.data import gpu_decoding, shards
+from pipeline.data.proposals import Proposals
 from pipeline.data.streams import Streams
 from pipeline.data.transforms import classify, detect
+from pipeline.data.transforms.scenes import NO_REGIONS
 from pipeline.errors import DataError, ImageError
-from pipeline.types import DetectorSpec, Frame, InputSpec, Int64Array, Objects, Spec, Split, UInt8Array, no_objects
+from pipeline.types import (
+    DetectorSpec,
+    Float32Array,
+    Frame,
+    InputSpec,
+    Int64Array,
+    Objects,
+    Spec,
+    Split,
+    UInt8Array,
+    no_objects,
+)
 
 Columns = dict[str, Any]
 """One batch: image uint8 [B, C, H, W], label int64 [B], frame float64 [B, 8], id text [B]; where boxes are read, also
-`objects`, a list of B."""
+`objects`, a list of B; where proposals are, `proposals`, a list of B float32 [P, 4] in pixels of the input."""
 Empty = Callable[[tuple[int, ...]], UInt8Array]
 """Gives memory for pictures of a shape, uninitialised."""
 
@@ -43,6 +56,7 @@ class Reading:
     seed: int = 0
     epoch: int = 0
     decoder: gpu_decoding.Decoder | None = None  # None decodes on the CPU
+    proposals: Proposals | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -53,12 +67,13 @@ class Reading:
 
 
 class Encoded(NamedTuple):
-    """What a batch needs of one row; `objects` where boxes are read."""
+    """What a batch needs of one row; `objects` where boxes are read, `proposals` (original pixels) where they are."""
 
     image_id: str
     image: bytes
     label: int
     objects: Objects
+    proposals: Float32Array
 
 
 _MARKS = ("box_labels", "difficult", "truncated", "crowd")
@@ -111,7 +126,7 @@ def _read_rows(reading: Reading, rows: Int64Array) -> dict[int, Encoded]:
         found = [bytes(view) for at, view in enumerate(images) if at in wanted]
         marks = table.drop_columns(["image"]).take(places).to_pylist()
         encoded |= {
-            row: Encoded(mark["image_id"], image, mark["label"], _objects(reading, mark))
+            row: Encoded(mark["image_id"], image, mark["label"], _objects(reading, mark), _proposals(reading, mark))
             for row, mark, image in zip((inside + start).tolist(), marks, found, strict=True)
         }
     return encoded
@@ -129,6 +144,11 @@ def _objects(reading: Reading, row: dict[str, Any]) -> Objects:
     difficult, truncated, crowd = (np.array(row[flag], bool) for flag in _MARKS[1:])
     boxes_xyxy, labels = np.array(row["boxes"], np.float32), np.array(row["box_labels"], np.int64)
     return Objects(boxes_xyxy.reshape(-1, 4), labels, difficult, truncated, crowd)
+
+
+def _proposals(reading: Reading, row: dict[str, Any]) -> Float32Array:
+    """Where an image may hold objects, if that is read."""
+    return NO_REGIONS if reading.proposals is None else reading.proposals.of(row["image_id"])
 
 
 def _slices(images: Any) -> Iterator[memoryview]:
@@ -159,18 +179,21 @@ def _columns(reading: Reading, draws: Int64Array, encoded: list[Encoded], stream
 def _scenes(
     reading: Reading, spec: DetectorSpec, draws: list[int], encoded: list[Encoded], streams: Streams, empty: Empty
 ) -> tuple[UInt8Array, list[Frame], Columns]:
-    """Pixels, frames and objects of one batch for a detector; objects are in the pixels that the frames map from."""
-    views, objects = [], []
+    """Pixels, frames and marks of one batch for a detector; objects are in the pixels that the frames map from."""
+    views, objects, decoding = [], [], reading.source.manifest.decoding
     for place, (draw, row) in enumerate(zip(draws, encoded, strict=True)):
         if reading.augment is None:
             with _naming(reading, row.image_id):
-                view = detect.evaluation(row.image, spec.fit, row.objects, None, reading.source.manifest.decoding)
+                view = detect.evaluation(row.image, spec.fit, row.objects, None, decoding, row.proposals)
             objects.append(row.objects)
         else:
             view = _varied(reading, spec, encoded, place, streams.of(draw))
             objects.append(view.objects)
         views.append(view)
-    return stacked([view.image for view in views], empty), [view.frame for view in views], {"objects": objects}
+    more: Columns = {"objects": objects}
+    if reading.proposals is not None:
+        more["proposals"] = [view.proposals for view in views]
+    return stacked([view.image for view in views], empty), [view.frame for view in views], more
 
 
 def _varied(
@@ -183,7 +206,7 @@ def _varied(
     chosen = rng.choice(others, detect.num_scenes(augment, rng) - 1, replace=False).tolist()
     for row in (encoded[at] for at in (place, *chosen)):
         with _naming(reading, row.image_id):
-            scenes.append(detect.read(row.image, row.objects, None, reading.source.manifest.decoding))
+            scenes.append(detect.read(row.image, row.objects, None, reading.source.manifest.decoding, row.proposals))
     return detect.training(scenes, spec.fit, augment, rng)
 
 

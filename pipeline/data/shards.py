@@ -269,6 +269,24 @@ def check_labels(shards: Shards, splits: Iterable[Split]) -> None:
             )
 
 
+def check_objects(shards: Shards, splits: Iterable[Split]) -> None:
+    """Make sure that every image of some splits was annotated with boxes, perhaps none, as detectors need it.
+
+    Raises:
+        DataError: there is no such split, or it has images that were not, or a shard cannot be read.
+    """
+    for split in splits:
+        files = shards.manifest.of(split)
+        columns = (read(shards.path / file.name, range(len(file.row_groups)), ["boxes"]).column(0) for file in files)
+        missing = sum(column.null_count for column in columns)
+        if missing > 0:
+            raise DataError(
+                f"{shards.path}: expected boxes for each image of '{split}', but {missing} of "
+                f"{shards.manifest.num_rows(split)} have none, as in a dataset for classification; a detector needs "
+                "shards of a dataset whose images are annotated with boxes"
+            )
+
+
 def rejects(shards: Shards) -> list[dict[str, Any]]:
     """What a dataset has turned away, rows of `REJECT_SCHEMA`.
 

@@ -132,6 +132,12 @@ def colour_of(label: int) -> Colour:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def drawn(image: UInt8Array, boxes_xyxy: Float32Array, labels: Int64Array, captions: Sequence[str]) -> UInt8Array:
+    """A picture [H, W, C] with boxes in its own pixels and what is said of each, as RGB of the same size."""
+    tile = Tile(image, "", boxes_xyxy, labels, tuple(captions))
+    return np.asarray(_picture(tile, image, max(image.shape[:2])))
+
+
 def _sample(labels: Int64Array, per_class: int, rng: np.random.Generator) -> list[list[int]]:
     """Some rows of each class, in the order of the classes."""
     order = rng.permutation(len(labels))

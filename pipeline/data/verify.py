@@ -54,7 +54,7 @@ Progress = Callable[[int, int], None]
 _UNREADABLE = (OSError, ValueError, MemoryError, pa.ArrowException)
 """What reading a damaged Parquet file may raise: names that are no text, sizes that no memory holds."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OWN_FILES = re.compile(r"manifest(-\d+)?\.json|sheet-.*\.png")
+_OWN_FILES = re.compile(r"manifest(-\d+)?\.json|sheet-.*\.png|proposals")
 
 
 @dataclass(frozen=True, slots=True)

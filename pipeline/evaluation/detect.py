@@ -132,6 +132,21 @@ class Judged:
         of = average_precision if rule == "voc" else _at_recalls(_RECALLS["voc07"])
         return {label: of(curve) for label, curve in self.voc_curves().items()}
 
+    def best_f1(self) -> tuple[float, float]:
+        """The highest F1 over all classes by VOC's rule, and the score from which on detections count for it.
+
+        For people who must choose a threshold; without any right detection, 0 and a score of 1.
+        """
+        rows = self._ranked(self.voc != IGNORED)
+        hits, drawn = np.cumsum(self.voc[rows] == RIGHT), np.arange(1, len(rows) + 1)
+        f1 = 2 * hits / np.maximum(drawn + int(self.num_voc.sum()), 1)
+        last_of_score = np.append(np.diff(self.scores[rows]) != 0, True)[: len(rows)]
+        f1 = np.where(last_of_score, f1, 0.0)
+        if not f1.any():
+            return 0.0, 1.0
+        best = int(f1.argmax())
+        return float(f1[best]), float(self.scores[rows][best])
+
     def errors(self, groups: Sequence[frozenset[int]] = ()) -> dict[str, float]:
         """What the best detections are, as shares: of each class as many as it has objects.
 

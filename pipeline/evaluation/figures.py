@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from pipeline.evaluation.curves import PrecisionRecall, Reliability, mean_average_precision
+from pipeline.evaluation.curves import PrecisionRecall, Reliability
 from pipeline.types import Float32Array, Int64Array
 
 BLUE, RED, GREY = "#2b6cb0", "#c53030", "#b8bfc8"
@@ -50,25 +50,47 @@ def weakest_classes(values: Mapping[str, float], metric: str, title: str) -> Fig
     return figure
 
 
-def precision_recall(curves: Mapping[int, PrecisionRecall], classes: Sequence[str], title: str) -> Figure:
-    """One curve for each class; of many, the three best and the three worst stand out and the others are grey."""
+def precision_recall(
+    curves: Mapping[int, PrecisionRecall],
+    classes: Sequence[str],
+    title: str,
+    average_precision: Mapping[int, float] | None = None,
+) -> Figure:
+    """One curve for each class; of many, the three best and the three worst stand out and the others are grey.
+
+    Args:
+        average_precision: of each class, where it goes by another rule than that of `curves`.
+    """
+    averages = average_precision or {label: curve.average_precision for label, curve in curves.items()}
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.subplots()
-    ranked = sorted(curves, key=lambda label: -curves[label].average_precision)
+    ranked = sorted(curves, key=lambda label: -averages[label])
     named = ranked if len(ranked) <= MANY else ranked[:EXTREMES] + ranked[-EXTREMES:]
     palette = mpl.colormaps["tab10"]
     for label in ranked:
         if label not in named:
             _draw_curve(axes, curves[label], color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
     for place, label in enumerate(named):
-        text = f"{curves[label].average_precision:.3f}  {_short(classes[label])}"
+        text = f"{averages[label]:.3f}  {_short(classes[label])}"
         last = len(ranked) > MANY and place >= EXTREMES
         _draw_curve(axes, curves[label], color=palette(place), linestyle="--" if last else "-", label=text, zorder=2)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
-    axes.set_title(f"{title}: mean average precision {mean_average_precision(dict(curves)):.4f}")
+    axes.set_title(f"{title}: mean average precision {np.mean([*averages.values()]):.4f}")
     heading = "average precision" if len(ranked) <= MANY else f"{EXTREMES} best, {EXTREMES} worst (dashed)"
     figure.legend(loc="outside right center", title=heading, frameon=False)
     axes.grid(alpha=0.25)
+    return figure
+
+
+def shares(values: Mapping[str, float], title: str) -> Figure:
+    """Shares of a whole, in the order that they are given, each with its number."""
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(values)), [*values.values()], color=BLUE)
+    axes.bar_label(bars, [f"{value:.1%}" for value in values.values()], padding=3)
+    axes.set_yticks(range(len(values)), [*values])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.1), title=title)
     return figure
 
 

@@ -1,25 +1,57 @@
-"""A model in memory against labelled batches: used after every epoch by training, and by `run` on a stored bundle."""
+"""A model in memory against labelled batches: used after every epoch by training, and by `run` on a stored bundle.
+
+Two tasks, the same in shape: what `evaluate` counts of a classifier is summed over ranks, what `evaluate_detector`
+judges of a detector is gathered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal, Self, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, BoxTargets
 from pipeline.data.transforms import classify
 from pipeline.evaluation.classify import Counts
+from pipeline.evaluation.detect import Judged, judge, merge
 from pipeline.models._contract import Classifier
-from pipeline.types import Float32Array, Views
+from pipeline.models._detector import Detector, Selection
+from pipeline.types import Detections, Float32Array, Views
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Watch = Callable[[Batch, Float32Array], None]
 """Is shown every batch and its scores, float32 [B, num_classes]."""
+WatchFound = Callable[[Batch, list[Detections]], None]
+"""Is shown every batch and what was found in its images."""
+SEED = 0
+"""Of the regions that a two-stage detector draws for its validation loss: the same after every epoch."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a detector found in some images, judged, and the sum over them of its loss."""
+
+    judged: Judged
+    loss: float
+
+    @classmethod
+    def merged(cls, parts: Iterable[Self]) -> Self:
+        """All together; no two may speak of one image."""
+        parts = list(parts)
+        return cls(merge([part.judged for part in parts]), sum(part.loss for part in parts))
+
+    def metrics(self) -> dict[str, float]:
+        """Average precisions and recalls by the names of their rules, and the mean loss of an image.
+
+        Raises:
+            DataError: there is no object to be found.
+        """
+        return self.judged.metrics() | {"loss": self.loss / len(self.judged.ids)}
 
 
 def evaluate(
@@ -53,6 +85,51 @@ def evaluate(
     return counts
 
 
+def evaluate_detector(
+    model: Detector,
+    batches: Iterable[Batch],
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    watch: WatchFound | None = None,
+    select: Selection | None = None,
+) -> Found:
+    """Judge what `model`, left in evaluation mode, finds in the annotated batches of this rank.
+
+    Args:
+        batches: pictures as evaluation fits them, with the objects in their originals.
+        watch: is shown every batch with what was found.
+        select: what an answer is made of, instead of the model's own.
+    """
+    model.eval()
+    parts = [Found(Judged.empty(num_classes), 0.0)]
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        for batch in batches:
+            moved = batch.to(device)
+            with autocast(precision, device):
+                outputs = model(moved)
+                loss = torch.stack(list(model.loss(outputs, boxes_of(moved)).values())).sum()
+            found = model.postprocess(outputs, batch.frames, select)
+            images = zip(found, batch.objects, batch.ids, strict=True)
+            judged = merge([judge(*image, num_classes) for image in images])
+            parts.append(Found(judged, float(loss) * len(batch)))
+            if watch is not None:
+                watch(batch, found)
+    return Found.merged(parts)
+
+
+def boxes_of(batch: Batch) -> BoxTargets:
+    """The targets of a detector.
+
+    Raises:
+        ValueError: there are none, or they are of another kind.
+    """
+    if not isinstance(batch.targets, BoxTargets):
+        raise ValueError(f"expected the objects of each image as targets, got {type(batch.targets).__name__}")
+    return batch.targets
+
+
 def _outputs(model: Classifier, batch: Batch, views: Views) -> Tensor:
     """What the model says of a batch; of several views, the logarithm of their mean scores, which has those scores."""
     cut = classify.cut(batch.images, model.spec, views)
@@ -70,6 +147,15 @@ def all_reduce(counts: Counts) -> Counts:
     vector = vector.to("cuda") if dist.get_backend() == "nccl" else vector
     dist.all_reduce(vector)
     return Counts.from_vector(vector.cpu().numpy())
+
+
+def all_gather(found: Found) -> Found:
+    """What all ranks of the initialised process group found; what this one did where there is none."""
+    if not dist.is_initialized():
+        return found
+    every: list[Found | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    return Found.merged(part for part in every if part is not None)
 
 
 def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:

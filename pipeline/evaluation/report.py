@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,6 +21,12 @@ if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of 
     from pipeline.tracking.runs import Run
 
 FIGURES = "figures"
+_HEADLINES = {"top1": "top-1", "coco_map50": "coco_map50"}
+
+
+def headline(metrics: Mapping[str, float], prefix: str = "") -> str:
+    """The one figure of a task that people ask for first, with its name."""
+    return next(f"{text} {metrics[prefix + name]:.4f}" for name, text in _HEADLINES.items() if prefix + name in metrics)
 
 
 class PerClass(Strict):
@@ -36,11 +43,10 @@ class PerClass(Strict):
 
 
 class Report(Strict):
-    """Metrics of one model on one split.
+    """Metrics of one model on one split, whatever its task.
 
     Attributes:
-        metrics: figures by name (`top1`, `top5`, `mean_recall`, `macro_f1`, `loss`, `ece`, `mean_ap`).
-        confusion: [C][C] images, true class by row, predicted class by column.
+        metrics: figures by name.
         provenance: which weights, which data, which views of each image, which code.
     """
 
@@ -48,13 +54,43 @@ class Report(Strict):
     num_images: int
     metrics: dict[str, float]
     classes: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...]
     provenance: dict[str, str]
 
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    def record(self, run: Run, path: Path) -> None:
+        """Write as JSON to `path`, and log that, the metrics and the figures to a run."""
+        self.write(path)
+        run.log_file(path)
+        run.log_metrics({f"final/{self.split}/{name}": value for name, value in self.metrics.items()}, step=0)
+        for name, figure in self.figures().items():
+            run.log_figure(f"{FIGURES}/{self.split}-{name}", figure)
+
+    def figures(self) -> dict[str, Figure]:
+        """What a person looks at, by file name."""
+        return {}
+
+
+class ClassificationReport(Report):
+    """Metrics of one classifier on one split.
+
+    Attributes:
+        metrics: `top1`, `top5`, `mean_recall`, `macro_f1`, `loss`, `ece`, `mean_ap`.
+        confusion: [C][C] images, true class by row, predicted class by column.
+    """
+
+    task: Literal["classification"] = "classification"
+    confusion: tuple[tuple[int, ...], ...]
+
     @classmethod
-    def of(cls, counts: Counts, split: Split, classes: tuple[str, ...], provenance: dict[str, str]) -> Report:
+    def of(
+        cls, counts: Counts, split: Split, classes: tuple[str, ...], provenance: dict[str, str]
+    ) -> ClassificationReport:
         """Conclude from counts."""
-        return Report(
+        return ClassificationReport(
             split=split,
             num_images=counts.num_images,
             metrics=counts.metrics(),
@@ -79,19 +115,6 @@ class Report(Strict):
             for label, name in enumerate(self.classes)
         ]
 
-    def write(self, path: Path) -> None:
-        """Write as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=2) + "\n")
-
-    def record(self, run: Run, path: Path) -> None:
-        """Write as JSON to `path`, and log that, the metrics and the figures to a run."""
-        self.write(path)
-        run.log_file(path)
-        run.log_metrics({f"final/{self.split}/{name}": value for name, value in self.metrics.items()}, step=0)
-        for name, figure in self.figures().items():
-            run.log_figure(f"{FIGURES}/{self.split}-{name}", figure)
-
     def figures(self) -> dict[str, Figure]:
         """The confusion matrix, and recall and F1 per class, by file name."""
         title = f"{self.split}: top-1 {self.metrics['top1']:.4f}"
@@ -105,7 +128,7 @@ class Report(Strict):
         }
 
 
-class Evaluation(Report):
+class Evaluation(ClassificationReport):
     """A report with its evidence at hand: as JSON the same as without.
 
     Attributes:

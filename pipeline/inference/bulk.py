@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,27 +22,60 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from pydantic import Field
 
+from pipeline import imaging
+from pipeline.config import Strict
 from pipeline.data import shards
 from pipeline.data.datasets.image_folder import walk
+from pipeline.data.sheet import drawn
 from pipeline.errors import DataError, ImageError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.types import Split
+from pipeline.models._contract import Task
+from pipeline.types import Classification, Detections, Split
 
 PLAN, DONE = "plan.json", "done.json"
 BATCH = 32  # images per forward pass
 
-OUTPUT = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("class_name", pa.string()),
-        ("score", pa.float32()),
-        ("top_class_names", pa.list_(pa.string())),
-        ("top_scores", pa.list_(pa.float32())),
-        ("error", pa.string()),
-    ]
-)
+OUTPUT: dict[Task, pa.Schema] = {
+    "classification": pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("class_name", pa.string()),
+            ("score", pa.float32()),
+            ("top_class_names", pa.list_(pa.string())),
+            ("top_scores", pa.list_(pa.float32())),
+            ("error", pa.string()),
+        ]
+    ),
+    "detection": pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("height", pa.int64()),  # of the upright original, in whose pixels boxes are
+            ("width", pa.int64()),
+            ("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # xyxy, half-open; best first
+            ("labels", pa.list_(pa.int64())),
+            ("class_names", pa.list_(pa.string())),
+            ("scores", pa.list_(pa.float32())),
+            ("error", pa.string()),
+        ]
+    ),
+}
+
+
+class Kept(Strict):
+    """What is kept of each answer.
+
+    Attributes:
+        top_k: classes, of a classifier.
+        score_threshold: of a detector's boxes; about 0.001 for average precision.
+        pictures: write each picture with its boxes as `pictures/<image>.jpg`.
+    """
+
+    top_k: int = Field(default=5, ge=1)
+    score_threshold: float = Field(default=0.25, ge=0, le=1)
+    pictures: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +143,7 @@ def predict(
     inputs: Inputs,
     destination: Path,
     *,
-    top_k: int = 5,
+    kept: Kept | None = None,
     images_per_part: int = 1024,
     num_workers: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -117,9 +151,12 @@ def predict(
     """Predict all inputs on an initialised Ray; parts that exist already are kept.
 
     Raises:
-        DataError: `destination` was begun with other inputs, another model or other settings.
+        DataError: `destination` was begun with other inputs, another model or other settings; pictures of a classifier.
     """
-    _claim(destination, bundle, inputs, top_k, images_per_part)
+    kept = kept or Kept()
+    if kept.pictures and bundle.card.task != "detection":
+        raise DataError(f"{bundle.path}: is a classifier, which has no boxes to draw; leave pictures out")
+    _claim(destination, bundle, inputs, kept, images_per_part)
     bounds = [*range(0, inputs.num_images, images_per_part), inputs.num_images]
     parts = [(number, *span) for number, span in enumerate(pairwise(bounds))]
     missing = [part for part in parts if not _part(destination, part[0]).exists()]
@@ -131,7 +168,7 @@ def predict(
         )
         finished = tasks.map(
             _Worker,
-            fn_constructor_args=(bundle, inputs, destination, top_k),
+            fn_constructor_args=(bundle, inputs, destination, kept),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(missing))),
         )
         for row in finished.iter_rows():
@@ -141,20 +178,25 @@ def predict(
     return destination
 
 
+def parts_of(destination: Path) -> list[Path]:
+    """The parts of a finished folder, in order."""
+    return sorted(destination.glob("part-*.parquet"))
+
+
 class _Worker:
     """An actor that holds the model and makes parts."""
 
-    def __init__(self, bundle: Bundle, inputs: Inputs, destination: Path, top_k: int) -> None:
+    def __init__(self, bundle: Bundle, inputs: Inputs, destination: Path, kept: Kept) -> None:
         self.predictor = Predictor(bundle)
         self.inputs = inputs
         self.destination = destination
-        self.top_k = top_k
+        self.kept = kept
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         rows = [row for batch in self._batches(part["start"], part["stop"]) for row in self._predict(batch)]
         path = _part(self.destination, part["number"])
         partial = path.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows, schema=OUTPUT), partial)
+        pq.write_table(pa.Table.from_pylist(rows, schema=OUTPUT[self.predictor.card.task]), partial)
         partial.rename(path)
         return part
 
@@ -168,25 +210,49 @@ class _Worker:
             answer = data if isinstance(data, ImageError) else next(answers)
             if isinstance(answer, ImageError):
                 yield {"image_id": image_id, "error": str(answer)}
-                continue
-            names = [self.predictor.classes[label] for label in answer.labels[: self.top_k]]
-            scores = answer.scores[: self.top_k].tolist()
-            yield {
-                "image_id": image_id,
-                "class_name": names[0],
-                "score": scores[0],
-                "top_class_names": names,
-                "top_scores": scores,
-            }
+            elif isinstance(answer, Detections):
+                assert isinstance(data, bytes)
+                yield {"image_id": image_id} | self._found(image_id, data, answer.best(self.kept.score_threshold))
+            else:
+                yield {"image_id": image_id} | self._ranked(answer)
+
+    def _ranked(self, answer: Classification) -> dict[str, Any]:
+        names = [self.predictor.classes[label] for label in answer.labels[: self.kept.top_k]]
+        scores = answer.scores[: self.kept.top_k].tolist()
+        return {"class_name": names[0], "score": scores[0], "top_class_names": names, "top_scores": scores}
+
+    def _found(self, image_id: str, data: bytes, found: Detections) -> dict[str, Any]:
+        names = [self.predictor.classes[label] for label in found.labels]
+        decoding = self.predictor.card.decoding
+        if self.kept.pictures:
+            path = self.destination / "pictures" / f"{_file_name(image_id)}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            said = tuple(f"{name} {score:.2f}" for name, score in zip(names, found.scores, strict=True))
+            image = drawn(imaging.decode(data, decoding), found.boxes_xyxy, found.labels, said)
+            path.write_bytes(imaging.encode_jpeg(image))
+        height, width = imaging.probe(data, decoding)
+        return {
+            "height": height,
+            "width": width,
+            "boxes": found.boxes_xyxy.tolist(),
+            "labels": found.labels.tolist(),
+            "class_names": names,
+            "scores": found.scores.tolist(),
+        }
 
 
-def _claim(destination: Path, bundle: Bundle, inputs: Inputs, top_k: int, images_per_part: int) -> None:
+def _file_name(image_id: str) -> str:
+    """An image's id, which may be a path, as the name of a file; no two ids share one."""
+    return urllib.parse.quote(image_id, safe="")
+
+
+def _claim(destination: Path, bundle: Bundle, inputs: Inputs, kept: Kept, images_per_part: int) -> None:
     """Make the folder, or check that it was begun for the same work."""
     listing = hashlib.sha256(json.dumps([inputs.ids, inputs.shards, inputs.digest]).encode()).hexdigest()
     plan = {
         "inputs_sha256": listing,
         "weights_sha256": bundle.card.weights_sha256,
-        "top_k": top_k,
+        **kept.model_dump(mode="json"),
         "images_per_part": images_per_part,
     }
     path = destination / PLAN

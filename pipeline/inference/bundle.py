@@ -11,10 +11,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,8 @@ from pipeline import models
 from pipeline.config import Strict
 from pipeline.errors import BundleError
 from pipeline.imaging import Decoding
-from pipeline.models._contract import Classifier, ClassifierConfig
+from pipeline.models import Model
+from pipeline.models._contract import ModelConfig, Task
 
 WEIGHTS = "weights.safetensors"
 CARD = "model.json"
@@ -38,13 +39,19 @@ class Card(Strict):
     """
 
     schema_version: Literal[1] = 1
-    task: Literal["classification"] = "classification"
+    task: Task = "classification"
     model: models.AnyModel
     classes: tuple[str, ...]
     decoding: Decoding = Decoding()
     weights_sha256: str
     metrics: dict[str, float] = Field(default={})
     provenance: dict[str, str] = Field(default={})
+
+    @model_validator(mode="after")
+    def _task_is_the_models(self) -> Self:
+        if self.task != self.model.task:
+            raise ValueError(f"task is {self.task}, but {self.model.name} is for {self.model.task}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class Bundle:
     path: Path
     card: Card
 
-    def build(self, device: torch.device | str = "cpu") -> Classifier:
+    def build(self, device: torch.device | str = "cpu") -> Model:
         """The model with its weights, in evaluation mode on `device`.
 
         Raises:
@@ -73,8 +80,8 @@ class Bundle:
 
 def save(
     path: Path,
-    model: Classifier,
-    config: ClassifierConfig,
+    model: Model,
+    config: ModelConfig,
     *,
     classes: tuple[str, ...],
     decoding: Decoding | None = None,
@@ -87,6 +94,7 @@ def save(
     partial.mkdir(parents=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, partial / WEIGHTS)
     card = Card(
+        task=config.task,
         model=config,
         classes=classes,
         decoding=decoding or Decoding(),

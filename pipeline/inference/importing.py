@@ -6,6 +6,7 @@ executed. torchvision's weights are downloaded by torchvision, once, into torch'
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, fresh:
     Raises:
         ModelError: the weights do not fit the architecture; the message names the differences.
     """
-    named = {name if name.startswith("network.") else f"network.{name}": value for name, value in state.items()}
+    named = {f"network.{_renamed(name.removeprefix('network.'))}": value for name, value in state.items()}
     own = {name: value for name, value in model.state_dict().items() if name not in fresh}
     found = {name: value for name, value in named.items() if name not in fresh}
     lacking = {name for name in own.keys() - found.keys() if name.endswith(".num_batches_tracked")}
@@ -144,6 +145,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, fresh:
             f"{where}: {'; '.join(differences[:SHOWN])}{more}; choose the architecture that they were trained with"
         )
     model.load_state_dict(found, strict=False)
+
+
+def _renamed(name: str) -> str:
+    """The name that a layer of torchvision's detectors has had since their weights were published."""
+    name = re.sub(r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2", name)
+    return re.sub(r"^(backbone\.fpn\.\w+_blocks\.\d)\.(weight|bias)$", r"\1.0.\2", name)
 
 
 def _difference(name: str, expected: Tensor | None, found: Tensor | None) -> str | None:

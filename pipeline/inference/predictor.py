@@ -1,26 +1,38 @@
 """Bytes in, predictions out: the one road that the endpoint, batch prediction and `mlflow models serve` all take.
 
-It decodes and transforms exactly as evaluation does (`transforms.classify.evaluation`), runs the model, and ranks. One
-bad image never fails its neighbours: its place holds the error.
+It decodes and transforms exactly as evaluation does (`evaluation` in `transforms.classify` and `transforms.detect`),
+runs the model, and ranks classes or finds objects. One bad image never fails its neighbours: its place holds the error.
+
+A detector that judges given regions gets those of selective search with the settings `PROPOSALS`, which takes a second
+or more for a photo. Evaluation reads what was made with `jobs.propose`, in which other settings may have been chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
+from pipeline import imaging
 from pipeline.batch import Batch, to_batch
-from pipeline.data.transforms import classify
+from pipeline.data import lookup, regions
+from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
 from pipeline.inference.bundle import Bundle
-from pipeline.types import Classification, Sample
+from pipeline.models._detector import Detector
+from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample
+
+PROPOSALS = regions.Config()
 
 
 class Predictor:
     """A bundle's model, ready to answer.
 
     `decode` may run in many threads at once; `predict_batch` is for one thread at a time.
+
+    Raises:
+        ConfigError: the model needs proposals, and OpenCV, which makes them, is not installed.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device | str = "cpu") -> None:
@@ -28,6 +40,9 @@ class Predictor:
         self.device = torch.device(device)
         self.model = bundle.build(device)
         self.classes = bundle.card.classes
+        self._proposes = isinstance(self.model, Detector) and self.model.needs_proposals
+        if self._proposes:
+            regions.opencv_version()  # now, not at the first image
 
     def decode(self, data: bytes, image_id: str = "") -> Sample:
         """Turn encoded bytes into the model's input.
@@ -35,15 +50,35 @@ class Predictor:
         Raises:
             ImageError: the bytes are not an image this project accepts.
         """
-        image, frame = classify.evaluation(data, self.model.spec, self.card.decoding)
-        return Sample(image=image, frame=frame, image_id=image_id)
+        spec = self.model.spec
+        if isinstance(spec, InputSpec):
+            image, frame = classify.evaluation(data, spec, self.card.decoding)
+            return Sample(image=image, frame=frame, image_id=image_id)
+        if self._proposes:
+            return self._with_proposals(data, spec, image_id)
+        view = detect.evaluation(data, spec.fit, decoding=self.card.decoding)
+        return Sample(image=view.image, frame=view.frame, image_id=image_id)
 
-    def predict_batch(self, batch: Batch) -> list[Classification]:
-        """Rank the classes of each image of a batch."""
+    def _with_proposals(self, data: bytes, spec: DetectorSpec, image_id: str) -> Sample:
+        picture = imaging.decode(data, self.card.decoding)  # every pixel; the model may be shown a reduction
+        found = regions.selective_search(lookup.visible(picture), PROPOSALS)
+        view = detect.evaluation(data, spec.fit, decoding=self.card.decoding, proposals=found)
+        return Sample(image=view.image, frame=view.frame, image_id=image_id, proposals=view.proposals)
+
+    def predict_batch(self, batch: Batch) -> list[Answer]:
+        """Rank the classes, or find the objects, of each image of a batch."""
         with torch.inference_mode():
-            return self.model.postprocess(self.model(batch.to(self.device)), batch.frames)
+            return cast(list[Answer], self.model.postprocess(self.model(batch.to(self.device)), batch.frames))
 
-    def predict(self, images: Sequence[bytes]) -> list[Classification | ImageError]:
+    def warm_up(self, num_images: int) -> None:
+        """Answer about as many pictures without content, so that the first real ones wait for nothing."""
+        size_hw = self.model.spec.largest_hw
+        images = torch.zeros(num_images, self.model.spec.num_channels, *size_hw, dtype=torch.uint8)
+        whole = torch.tensor([[0, 0, size_hw[1], size_hw[0]]], dtype=torch.float32)
+        proposals = (whole,) * num_images if self._proposes else ()
+        self.predict_batch(Batch(images, frames=(Frame(size_hw, size_hw),) * num_images, proposals=proposals))
+
+    def predict(self, images: Sequence[bytes]) -> list[Answer | ImageError]:
         """Answer about encoded images, in their order; what is not an image gets its error in its place."""
         samples = [self._try_decode(data) for data in images]
         good = [sample for sample in samples if isinstance(sample, Sample)]

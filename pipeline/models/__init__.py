@@ -1,7 +1,8 @@
 """One file per model; the file name is the model's name. Files that begin with an underscore are shared parts.
 
-A model file holds `Config` (a `ClassifierConfig` with `name: Literal["<file name>"]`) and `build(config)`. Nothing else
-needs to be edited: it is imported when its name is asked for, and the contract tests pick it up.
+A model file holds `Config` (a `ClassifierConfig` or `DetectorConfig` with `name: Literal["<file name>"]`) and
+`build(config)`. Nothing else needs to be edited: it is imported when its name is asked for, and the contract tests pick
+it up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from pipeline.config import ByName, nearest
 from pipeline.errors import ConfigError
-from pipeline.models._contract import Classifier, ClassifierConfig
+from pipeline.models._contract import Classifier, ModelConfig
+from pipeline.models._detector import Detector
+
+Model = Classifier | Detector
 
 
 def names() -> list[str]:
@@ -22,14 +26,26 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def config_of(name: str) -> type[ClassifierConfig]:
+def config_of(name: str) -> type[ModelConfig]:
     """The `Config` of the model called `name`."""
-    return cast(type[ClassifierConfig], _module(name).Config)
+    return cast(type[ModelConfig], _module(name).Config)
 
 
-def build(config: ClassifierConfig) -> Classifier:
+def build(config: ModelConfig) -> Model:
     """A freshly initialised model; seed torch first for a reproducible one."""
-    return cast(Classifier, _module(config.name).build(config))
+    return cast(Model, _module(config.name).build(config))
+
+
+def build_classifier(config: ModelConfig) -> Classifier:
+    """The same, for what only a classifier can do.
+
+    Raises:
+        ConfigError: the model is none.
+    """
+    model = build(config)
+    if not isinstance(model, Classifier):
+        raise ConfigError(f"expected a classifier, but '{config.name}' is for {config.task}; name another model")
+    return model
 
 
 def _module(name: str) -> Any:
@@ -38,5 +54,5 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-AnyModel = Annotated[SerializeAsAny[ClassifierConfig], BeforeValidator(ByName("model", names, config_of))]
+AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(ByName("model", names, config_of))]
 """A configuration field that takes any model by its `name`."""

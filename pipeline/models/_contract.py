@@ -8,7 +8,7 @@ DistributedDataParallel can wrap the module. `model.network` is the tensor-to-te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,23 @@ from torch import Tensor, nn
 from pipeline.batch import Batch
 from pipeline.config import Strict
 from pipeline.errors import ModelError
-from pipeline.types import Classification, Frame, InputSpec
+from pipeline.types import Classification, Frame, InputSpec, Spec
 
+Task = Literal["classification", "detection"]
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to "L" and JPEG's Y
 
 
-class ClassifierConfig(Strict):
-    """Keys that every classifier has; each model's `Config` narrows `name` to its file's name and adds its own.
+class ModelConfig(Strict):
+    """Keys that every model has; each model's `Config` narrows `name` to its file's name and adds its own.
 
     `num_classes` is filled in from the shards when it is left out.
     """
 
+    task: ClassVar[Task]
+
     name: str
-    num_classes: int = Field(default=1000, ge=2)
-    input: InputSpec = InputSpec(size_hw=(224, 224), resize_short=256)
+    num_classes: int = Field(default=1000, ge=1)
+    input: Spec = InputSpec(size_hw=(224, 224), resize_short=256)
 
     def fill(self, **defaults: object) -> None:
         """Give each field that was left out, or is None, a default that another field decides.
@@ -43,17 +46,26 @@ class ClassifierConfig(Strict):
                 object.__setattr__(self, key, value)
 
 
+class ClassifierConfig(ModelConfig):
+    """Keys that every classifier has."""
+
+    task: ClassVar[Task] = "classification"
+
+    num_classes: int = Field(default=1000, ge=2)
+    input: InputSpec = InputSpec(size_hw=(224, 224), resize_short=256)
+
+
 class Normalize(nn.Module):
     """Pixels 0..255, uint8 or floating [B, C, H, W], to normalised fp32; grey where the specification has one mean.
 
-    The constants are no part of the state dict: they come with the `InputSpec` stored in the bundle.
+    The constants are no part of the state dict: they come with the specification stored in the bundle.
     """
 
     mean: Tensor
     std: Tensor
     luma: Tensor
 
-    def __init__(self, spec: InputSpec) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.grey = len(spec.mean) == 1 and spec.num_channels == 3
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1) * 255, persistent=False)

@@ -20,14 +20,15 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.types import Classification
+from pipeline.types import Answer, Detections
 
 BATCH_SIZE = 32  # images answered at once, so that a long request does not need memory for all its pictures
 TOP_K = 5
+SCORE_THRESHOLD = 0.25
 
 
 class BundleModel(PythonModel):  # type: ignore[misc]
-    """Encoded images in, the best classes out."""
+    """Encoded images in, the best classes or the objects that were found out."""
 
     predictor: Predictor
     lock: threading.Lock
@@ -41,10 +42,12 @@ class BundleModel(PythonModel):  # type: ignore[misc]
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Classify each row's `image` (encoded bytes; base64 over JSON).
+        """Answer about each row's `image` (encoded bytes; base64 over JSON).
 
         Returns:
-            One entry per image: `labels`, class names, and `scores` in [0, 1], best first, `top_k` of each.
+            One entry per image: `labels`, class names, and `scores` in [0, 1], best first; the `top_k` best classes, or
+            every object of at least `score_threshold` with its `boxes`, x_min, y_min, x_max, y_max in pixels of the
+            upright original.
 
         Raises:
             MlflowException: `top_k` is not positive, or a row is not an image; it says which and why.
@@ -53,22 +56,24 @@ class BundleModel(PythonModel):  # type: ignore[misc]
         if top_k < 1:
             raise MlflowException(f"top_k: expected at least 1, got {top_k}", INVALID_PARAMETER_VALUE)
         images = list(model_input["image"])
-        answers: list[Classification] = []
+        score_threshold = float((params or {}).get("score_threshold", SCORE_THRESHOLD))
+        answers: list[Answer] = []
         for at in range(0, len(images), BATCH_SIZE):
             with self.lock:
                 found = self.predictor.predict(images[at : at + BATCH_SIZE])
             answers.extend(_checked(answer, at + row) for row, answer in enumerate(found))
-        classes = self.predictor.classes
-        return [
-            {
-                "labels": [classes[label] for label in answer.labels[:top_k]],
-                "scores": [float(score) for score in answer.scores[:top_k]],
-            }
-            for answer in answers
-        ]
+        return [self._told(answer, top_k, score_threshold) for answer in answers]
+
+    def _told(self, answer: Answer, top_k: int, score_threshold: float) -> dict[str, Any]:
+        boxes: dict[str, Any] = {}
+        if isinstance(answer, Detections):
+            answer, top_k = answer.best(score_threshold), len(answer)
+            boxes = {"boxes": answer.boxes_xyxy.tolist()}
+        labels = [self.predictor.classes[label] for label in answer.labels[:top_k]]
+        return {"labels": labels, "scores": [float(score) for score in answer.scores[:top_k]]} | boxes
 
 
-def _checked(answer: Classification | ImageError, row: int) -> Classification:
+def _checked(answer: Answer | ImageError, row: int) -> Answer:
     if isinstance(answer, ImageError):
         raise MlflowException(f"image {row}: {answer}", INVALID_PARAMETER_VALUE)
     return answer

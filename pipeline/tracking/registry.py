@@ -35,6 +35,7 @@ from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
+from pipeline.models._contract import Task
 from pipeline.tracking import connection, journal
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
@@ -49,12 +50,28 @@ LIBRARY = Path(__file__).resolve().parents[1]
 ABOVE = ("tracking", "evaluation", "explain", "training", "benchmark", "__pycache__", "README.md")
 """Rooms that the predictor cannot need, for they stand above it; they are not copied into a version."""
 
-REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow", "simplejpeg", "pydantic", "pyyaml", "safetensors")
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image")]),
-    outputs=Schema([ColSpec(Array(DataType.string), "labels"), ColSpec(Array(DataType.double), "scores")]),
-    params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
+REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pandas",
+    "pillow",
+    "simplejpeg",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
 )
+_IMAGE = Schema([ColSpec(DataType.binary, "image")])
+_RANKED = [ColSpec(Array(DataType.string), "labels"), ColSpec(Array(DataType.double), "scores")]
+SIGNATURES: dict[Task, ModelSignature] = {
+    "classification": ModelSignature(_IMAGE, Schema(_RANKED), ParamSchema([ParamSpec("top_k", DataType.long, 5)])),
+    "detection": ModelSignature(
+        _IMAGE,
+        Schema([*_RANKED, ColSpec(Array(Array(DataType.double)), "boxes")]),
+        ParamSchema([ParamSpec("score_threshold", DataType.double, 0.25)]),
+    ),
+}
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a registered model may be called; it becomes a folder's name too."""
@@ -236,7 +253,7 @@ def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> N
                 python_model=staging / MODEL_CODE.name,
                 code_paths=[str(staging / "pipeline")],
                 artifacts={"bundle": str(staging / "bundle")},
-                signature=SIGNATURE,
+                signature=SIGNATURES[made.card.task],
                 pip_requirements=_requirements(),
                 model_config={"device": "cpu"},
                 mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),

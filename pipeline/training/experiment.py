@@ -15,15 +15,16 @@ from pydantic import Field
 
 from pipeline import provenance
 from pipeline.config import Strict, dump, flatten
-from pipeline.data import shards
+from pipeline.data import loading, proposals, shards
 from pipeline.errors import ConfigError
 from pipeline.evaluation import run as evaluation
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.detection_report import DetectionReport
+from pipeline.evaluation.report import ClassificationReport, Report
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.tracking import connection, registry, runs
 from pipeline.training import checkpoint, launch, start
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 from pipeline.training.record import Record
 from pipeline.types import Split, Views
 
@@ -71,20 +72,25 @@ class Outcome:
     """What a run left behind, and how long its stages took."""
 
     bundle: Bundle
-    reports: dict[Split, Report]
+    reports: Mapping[Split, Report]
     run_url: str
     version: registry.Version | None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def source_of(config: Config, storage: Path) -> shards.Shards:
-    """The dataset of a run, with a class for every image of the splits that the run uses.
+    """The dataset of a run, with a class, or boxes, for every image of the splits that the run uses.
+
+    Also with their proposals, where the recipe names some.
 
     Raises:
-        DataError: there is none, or it is another kind of dataset.
+        DataError: there is none, it is another kind of dataset, or it has no proposals of the name that the recipe has.
     """
     source = shards.load(storage / config.shards)
-    shards.check_labels(source, ("train", "val", *config.evaluate))
+    splits: tuple[Split, ...] = ("train", "val", *config.evaluate)
+    evaluation.check_truth(source, config.recipe.model.task, splits)
+    if config.recipe.loading.proposals is not None:
+        loading.check_proposals(proposals.read(source, config.recipe.loading.proposals), splits)
     return source
 
 
@@ -102,7 +108,8 @@ def finished(name: str, config: Config, folder: Path) -> Outcome | None:
     files = {split: folder / f"report-{split}.json" for split in config.evaluate}
     if not all(file.exists() for file in files.values()):
         return None
-    reports = {split: Report.model_validate_json(file.read_bytes(), strict=True) for split, file in files.items()}
+    schema = ClassificationReport if config.recipe.model.task == "classification" else DetectionReport
+    reports = {split: schema.model_validate_json(file.read_bytes(), strict=True) for split, file in files.items()}
     if any(report.provenance.get("views", "centre") != config.views for report in reports.values()):
         return None
     return Outcome(bundle.load(folder / "bundle"), reports, record.run_url, record.version)
@@ -159,7 +166,7 @@ def conduct(
                 system_metrics=tracking.system_metrics,
             )
         with _timed(seconds, "evaluate"):
-            reports = {split: _evaluate(made, source, split, config.views, folder, run) for split in config.evaluate}
+            reports = {split: _evaluate(made, source, split, config, folder, run) for split in config.evaluate}
         with _timed(seconds, "register"):
             version = register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)
@@ -203,8 +210,9 @@ def prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence
     start.prepare(folder / start.INITIAL, model, weights, recipe.start, recipe.seed, classes)
 
 
-def _evaluate(made: Bundle, source: shards.Shards, split: Split, views: Views, folder: Path, run: runs.Run) -> Report:
-    report = evaluation.evaluate(made, source, split, views=views)
+def _evaluate(made: Bundle, source: shards.Shards, split: Split, config: Config, folder: Path, run: runs.Run) -> Report:
+    given = config.recipe.loading.proposals
+    report = evaluation.evaluate(made, source, split, views=config.views, proposals=given)
     report.record(run, folder / f"report-{split}.json")
     log.info("%s: %s", split, "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items()))
     return report

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from pipeline.batch import Batch
 from pipeline.config import Strict
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models._contract import Classifier
 from pipeline.training.optim import set_learning_rate
 
 
@@ -171,25 +170,26 @@ def largest_batch(probe: Callable[[int], None], *, start: int = 1, most: int = 6
 
 
 def step_probe(
-    model: Classifier,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Tensor],
+    blank: Callable[[int], Batch],
     limit_bytes: int | None = None,
 ) -> Callable[[int], None]:
-    """A probe that does what a training step does, on grey images of the model's size, and keeps nothing of it.
+    """A probe that does what a training step does, on pictures without content, and keeps nothing of it.
 
     Args:
         model: on its device, in training mode.
         optimizer: of `build_optimizer`; counted with the state that a step gives it.
         loss_of: the loss of a batch, with its graph.
+        blank: makes a batch of so many pictures of the model's size.
         limit_bytes: on a CPU, where memory does not run out in time: how much weights, gradients, the optimiser's state
             and what autograd keeps may take together. On a GPU its own memory is the limit.
     """
 
     def probe(num_images: int) -> None:
         device = next(model.parameters()).device
-        images = torch.full((num_images, model.spec.num_channels, *model.spec.size_hw), 128, dtype=torch.uint8)
-        batch = Batch(images.to(device), torch.zeros(num_images, dtype=torch.int64, device=device))
+        batch = blank(num_images).to(device)
         with _restored(model, optimizer), _limited(model, limit_bytes):
             torch.autograd.backward(loss_of(batch))
             set_learning_rate(optimizer, 0.0)

@@ -15,10 +15,10 @@ from pipeline.config import Strict, parse
 from pipeline.data import loading, shards
 from pipeline.errors import ConfigError, ModelError, VentralError, own_cause
 from pipeline.inference.bundle import Bundle, load
-from pipeline.models._contract import ClassifierConfig
+from pipeline.models._contract import ModelConfig
 from pipeline.tracking import journal
 from pipeline.training import checkpoint
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 from pipeline.training.worker import Assignment, work
 
 RECORD = "run.json"
@@ -143,7 +143,7 @@ def where_begun(folder: Path, checkpoints: checkpoint.Config | None = None) -> P
     return store.folder if store.positions() else None
 
 
-def fitted(model: ClassifierConfig, source: shards.Shards) -> ClassifierConfig:
+def fitted(model: ModelConfig, source: shards.Shards) -> ModelConfig:
     """The model's configuration with the number of classes of the shards.
 
     Raises:

@@ -8,6 +8,7 @@ import time
 import psutil
 import torch
 
+from pipeline.evaluation.report import headline
 from pipeline.training.loop import Epoch, Progress
 
 EVERY_S = 10.0
@@ -18,7 +19,7 @@ def of_epoch(epoch: Epoch) -> str:
     values = epoch.metrics
     return (
         f"epoch {epoch.number}/{epoch.total}  loss {values['train/loss']:.4f}  val loss {values['val/loss']:.4f}  "
-        f"val top-1 {values['val/top1']:.4f}  lr {values['lr']:.2g}  {values['images_per_s']:.0f} images/s  "
+        f"val {headline(values, 'val/')}  lr {values['lr']:.2g}  {values['images_per_s']:.0f} images/s  "
         f"data wait {values['data_wait_share']:.0%}  {_memory()}  about {epoch.left_s:.0f} s left"
     )
 

@@ -19,78 +19,29 @@ from typing import cast
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import models
 from pipeline.batch import Batch
-from pipeline.config import Strict
-from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
-from pipeline.data.transforms import classify, mixing
-from pipeline.data.transforms.classify import Augment
-from pipeline.data.transforms.mixing import Mixing
-from pipeline.evaluation.classify import Counts
-from pipeline.evaluation.live import Precision, all_reduce, autocast, evaluate
-from pipeline.models._contract import Classifier
-from pipeline.training import finder, optim, precision, ranks, start, step, stopping
+from pipeline.evaluation.live import autocast
+from pipeline.models import Model
+from pipeline.training import finder, optim, precision, ranks, start, step, stopping, tasks
 from pipeline.training.checkpoint import Store
-from pipeline.training.ema import Config as Averaging
 from pipeline.training.ema import Ema
 from pipeline.training.guard import Guard
-from pipeline.training.optim import Config as Optim
-from pipeline.training.start import Config as Start
+from pipeline.training.recipe import Recipe
 from pipeline.training.state import Kept, State, Stateful, begin, resume
-from pipeline.training.stopping import Config as Watch
-from pipeline.training.targets import ClassWeights, class_weights, weigh
+from pipeline.training.tasks import Task
+
+RUNNING = ("train/loss", "lr", "images_per_s", "data_wait_share")
+"""The metrics of every epoch beside those of validation: `images_per_s` is over all ranks, `data_wait_share` of this
+one's time."""
 
 
-class Recipe(Strict):
-    """How a model is trained.
-
-    Attributes:
-        mixing: what is mixed within a batch, on the device.
-        start: the weights that training starts from, and which of them stay; None: initialised anew.
-        ema: average the weights over the steps; it is the average that is measured and kept.
-        watch: the metric that tells the best epoch, stops a run early and lowers the rate on a plateau.
-        label_smoothing: share of each target spread evenly over all classes (Szegedy et al. 2016, section 7).
-        class_weights: how much the images of each class count; `balanced`: all classes alike.
-        accumulate: parts in which a batch is trained, for batches that do not fit into memory; gradients add up to
-            those of the whole, only batch normalisation sees the parts.
-        precision: of the network under training; `bf16` and `fp16` run it under autocast.
-        channels_last: keep images as [B, H, W, C] in memory, which convolutions of many channels like better.
-        sync_batch_norm: on GPUs, normalise over the images of all workers.
-        compile: let torch compile the network when it is first called.
-        keep_best: end with the weights of the best epoch, not with the last ones.
-    """
-
-    model: models.AnyModel
-    loading: Loading = Loading()
-    augment: Augment = Augment()
-    mixing: Mixing = Mixing()
-    start: Start | None = None
-    optim: Optim = Optim()
-    ema: Averaging | None = None
-    watch: Watch = Watch()
-    epochs: int = Field(default=10, ge=1)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    class_weights: ClassWeights = "none"
-    accumulate: int = Field(default=1, ge=1)
-    precision: Precision = "fp32"
-    channels_last: bool = False
-    sync_batch_norm: bool = False
-    compile: bool = False
-    keep_best: bool = False
-    seed: int = Field(default=0, ge=0)
-
-
-REPORTED = (
-    *("train/loss", "lr", "images_per_s", "data_wait_share"),
-    *(f"val/{name}" for name in Counts(np.ones((1, 1), np.int64)).metrics()),
-)
-"""The metrics of every epoch: `images_per_s` is over all ranks, `data_wait_share` of this one's time."""
+def reported(task: Task) -> tuple[str, ...]:
+    """The names of the metrics of every epoch."""
+    return (*RUNNING, *(f"val/{name}" for name in task.MEASURED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +50,7 @@ class Epoch:
 
     Attributes:
         number: epochs finished, from 1, of `total`.
-        metrics: those of `REPORTED`.
+        metrics: those of `reported`.
         seconds: of training in this epoch.
         measuring_s: of validation after it.
     """
@@ -144,7 +95,7 @@ class Progress:
 
 
 def fit(
-    model: Classifier,
+    model: Model,
     loader: Loader,
     recipe: Recipe,
     *,
@@ -180,7 +131,7 @@ def fit(
 
 
 def find_rate(
-    model: Classifier,
+    model: Model,
     loader: Loader,
     recipe: Recipe,
     config: finder.RangeTest,
@@ -199,7 +150,7 @@ def find_rate(
 
 
 def find_batch(
-    model: Classifier,
+    model: Model,
     loader: Loader,
     recipe: Recipe,
     *,
@@ -216,39 +167,39 @@ def find_batch(
     """
     run = _begun(model, loader, recipe, device, None)
     run.begin_training()
-    probe = finder.step_probe(model, run.optimizer, partial(run.loss, run.net), limit_bytes)
+    probe = finder.step_probe(model, run.optimizer, partial(run.loss, run.net), run.task.blank, limit_bytes)
     return finder.largest_batch(probe)
 
 
-def _begun(
-    model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str, checkpoints: Store | None
-) -> _Run:
+def _begun(model: Model, loader: Loader, recipe: Recipe, device: torch.device | str, checkpoints: Store | None) -> _Run:
     """A training on `device` whose recipe has been checked."""
-    stopping.check(recipe.watch, REPORTED)
-    classify.check(recipe.augment, model.spec)
-    mixing.check(recipe.mixing, model.spec.num_channels, _covariance(loader))
+    task = tasks.of(model, recipe, loader, device)
+    stopping.check(recipe.watch, reported(task))
     precision.check(recipe.precision, device)
     model = precision.arrange(
         model.to(device), channels_last=recipe.channels_last, sync_batch_norm=recipe.sync_batch_norm
     )
-    return _Run(model, loader, recipe, device, checkpoints)
+    return _Run(model, task, loader, recipe, device, checkpoints)
 
 
 class _Run:
     """One training on this rank: what it trains, what is measured of it, and where it stands."""
 
     def __init__(
-        self, model: Classifier, loader: Loader, recipe: Recipe, device: torch.device | str, checkpoints: Store | None
+        self,
+        model: Model,
+        task: Task,
+        loader: Loader,
+        recipe: Recipe,
+        device: torch.device | str,
+        checkpoints: Store | None,
     ) -> None:
-        self.model, self.loader, self.recipe = model, loader, recipe
+        self.model, self.task, self.loader, self.recipe = model, task, loader, recipe
         self.optim = optim.scaled(recipe.optim, loader.global_batch_size)
         self.optimizer = optim.build_optimizer(model, self.optim)
         self.scaler = precision.grad_scaler(recipe.precision, device)
         self.average = None if recipe.ema is None else Ema(model, recipe.ema)
-        manifest = loader.source.manifest
-        self.num_rows, self.num_classes = manifest.num_rows("train"), len(manifest.classes)
-        weights = class_weights(recipe.class_weights, manifest.class_counts["train"])
-        self.class_weights = None if weights is None else weights.to(device)
+        self.num_rows = loader.source.manifest.num_rows("train")
         self.best = Kept()
         self.state = begin(self._parts(), loader, device)
         if checkpoints is not None:
@@ -258,7 +209,7 @@ class _Run:
         self.net = self._distributed(device) if ranks.world_size() > 1 else model
 
     @property
-    def measured(self) -> Classifier:
+    def measured(self) -> Model:
         """The weights that count: the average, where there is one."""
         return self.model if self.average is None else self.average.model
 
@@ -293,8 +244,7 @@ class _Run:
     def mixed(self, batch: Batch) -> Batch:
         """A batch on the device as a step gets it; what is random from here on follows from the position."""
         _seed_step(self.recipe.seed, self.state)
-        covariance = _covariance(self.loader)
-        return mixing.mix(batch, self.recipe.mixing, self.num_classes, torch.default_generator, covariance)
+        return self.task.mixed(batch)
 
     def endless_batches(self) -> Iterator[Batch]:
         """Those of one epoch after another, for steps that do not count."""
@@ -313,14 +263,13 @@ class _Run:
         _share_buffers(self.model)
         if self.average is not None:
             _share_buffers(self.average.model)
-        batches = self.loader.evaluate("val")
-        counts = evaluate(self.measured, batches, self.num_classes, tally.loss.device, self.recipe.precision)
+        measured = self.task.measure(self.measured, self.loader.evaluate("val"), tally.loss.device)
         running = self._running(losses)
         metrics = {
             "train/loss": running.pop("loss"),
             "lr": tally.lr,
             **running,
-            **{f"val/{name}": value for name, value in all_reduce(counts).metrics().items()},
+            **{f"val/{name}": value for name, value in measured.items()},
         }
         return metrics, time.monotonic() - began
 
@@ -380,10 +329,7 @@ class _Run:
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The mean loss over a batch, with its graph."""
         with autocast(self.recipe.precision, batch.images.device):
-            outputs = net(batch)
-            targets = _smooth(batch.labels, outputs.shape[1], self.recipe.label_smoothing)
-            losses = self.model.loss(outputs, weigh(targets, self.class_weights))
-            return torch.stack(list(losses.values())).sum()
+            return torch.stack(list(self.task.losses(net(batch), batch).values())).sum()
 
     def _distributed(self, device: torch.device | str) -> nn.Module:
         """The model wrapped so that gradients are averaged over ranks, the same way in every step.
@@ -392,30 +338,14 @@ class _Run:
         last bits of a sum over three or more ranks depend on the groups. So the first step is one whose gradients
         nobody uses: otherwise the first one after a resume would differ from the same step of an uninterrupted run.
         """
-        net, spec = DistributedDataParallel(self.model), self.model.spec
+        net = DistributedDataParallel(self.model)
         net.train()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        images = torch.zeros(self.loader.config.batch_size, spec.num_channels, *spec.size_hw, dtype=torch.uint8)
-        batch = Batch(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
-        torch.autograd.backward(self.loss(net, batch))
+        torch.autograd.backward(self.loss(net, self.task.blank(self.loader.config.batch_size).to(device)))
         self.model.zero_grad(set_to_none=True)
         for buffer, value in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         return cast(nn.Module, net)
-
-
-def _smooth(targets: Tensor, num_classes: int, share: float) -> Tensor:
-    """The targets, hard [B] or soft [B, num_classes], with `share` of each spread over all classes."""
-    if share == 0:
-        return targets
-    soft = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets
-    return soft * (1 - share) + share / num_classes
-
-
-def _covariance(loader: Loader) -> mixing.Covariance | None:
-    """Of the colours of the training images, where the shards know it."""
-    pixels = loader.source.manifest.pixels.get("train")
-    return None if pixels is None else pixels.covariance
 
 
 def _steps_left(loader: Loader, state: State) -> int:

@@ -20,6 +20,7 @@ from pipeline.config import Strict
 from pipeline.errors import ConfigError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+_LOOKED_INTO = {"", "network", "network.backbone", "network.backbone.body"}
 NOTHING_TO_TRAIN = "every parameter is frozen, so there is nothing to train; freeze fewer layers"
 
 
@@ -195,11 +196,11 @@ def _depths(model: nn.Module) -> dict[str, int]:
 
 
 def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """What has parameters, in order: sequences, the classifier and its network are looked into, nothing else is."""
+    """What has parameters, in order: sequences, the model, its network and backbone are looked into, nothing else."""
     if next(module.parameters(), None) is None:
         return
     is_whole = next(module.parameters(recurse=False), None) is not None or next(module.children(), None) is None
-    if is_whole or not (isinstance(module, nn.Sequential) or name in {"", "network"}):
+    if is_whole or not (isinstance(module, nn.Sequential) or name in _LOOKED_INTO):
         yield name, module
         return
     for key, child in module.named_children():

@@ -10,10 +10,10 @@ from typing import Self
 
 from pipeline.data import shards
 from pipeline.data.loading import Loader
-from pipeline.models._contract import Classifier
+from pipeline.models import Model
 from pipeline.training import experiment, launch, loop, start
 from pipeline.training.finder import Curve, RangeTest
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Search:
         device: one GPU for a training on GPUs.
     """
 
-    model: Classifier
+    model: Model
     loader: Loader
     recipe: Recipe
     device: str

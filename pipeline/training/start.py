@@ -27,13 +27,16 @@ from pipeline.config import Strict
 from pipeline.errors import ConfigError
 from pipeline.inference import bundle, importing
 from pipeline.inference.bundle import Bundle
-from pipeline.models._contract import Classifier, ClassifierConfig
+from pipeline.models import Model
+from pipeline.models._contract import ModelConfig
+from pipeline.models._detector import Detector
 from pipeline.training.optim import NOTHING_TO_TRAIN, blocks
-from pipeline.types import InputSpec
+from pipeline.types import Spec
 
 log = logging.getLogger("ventral.training")
 
 Head = Literal["new", "zero", "keep"]
+Part = Literal["all", "backbone"]
 TORCHVISION, REGISTERED = "torchvision:", "models:/"
 INITIAL = "initial.safetensors"
 
@@ -58,13 +61,16 @@ class Config(Strict):
         weights: `torchvision:<name>`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`; `models:/name@alias` or
             `models:/name/3` in the registry; the folder of a bundle; or a file (.safetensors, or a PyTorch state dict).
             Relative paths lie in `data_root` or `storage`.
-        head: `new`: the last layer is initialised anew; `zero`: with zeros, so that with few images no chance weights
-            stay where the features of the training images never point; `keep`: it comes with the weights, for the same
-            classes.
+        part: what of the model the weights are for: `all` of it, or a detector's `backbone`, which a classifier's
+            weights fit into; the rest is then initialised anew, and the classifier's own last layers are left out.
+        head: of `all`. `new`: the last layer is initialised anew; `zero`: with zeros, so that with few images no chance
+            weights stay where the features of the training images never point; `keep`: it comes with the weights, for
+            the same classes. A detector's last layers are those whose size follows from the classes.
         freeze: what is not trained.
     """
 
     weights: str
+    part: Part = "all"
     head: Head = "new"
     freeze: Freeze = Freeze()
 
@@ -83,7 +89,7 @@ class Weights:
     origin: str
     state: dict[str, Tensor]
     classes: tuple[str, ...] | None = None
-    spec: InputSpec | None = None
+    spec: Spec | None = None
 
 
 def find(config: Config, roots: Sequence[Path], registered: Callable[[str], Bundle]) -> Weights:
@@ -108,27 +114,49 @@ def find(config: Config, roots: Sequence[Path], registered: Callable[[str], Bund
     return Weights(given, importing.read_state(path))
 
 
-def initialise(model: Classifier, weights: Weights, head: Head, classes: tuple[str, ...]) -> None:
-    """Give a model the weights it starts from; with a new head the last layer stays as it is, or becomes zero.
+def initialise(model: Model, weights: Weights, head: Head, classes: tuple[str, ...], part: Part = "all") -> None:
+    """Give a model the weights it starts from; with a new head the last layers stay as they are, or become zero.
 
     Raises:
-        ConfigError: the head is to be kept, but its classes are others.
+        ConfigError: the head is to be kept, but its classes are others; a classifier has no backbone.
         ModelError: the weights do not fit the architecture; the message names the differences.
     """
-    if head == "keep":
-        _check_classes(weights, classes)
-    last, layer = blocks(model)[-1]
-    fresh = {f"{last}.{name}" for name in layer.state_dict()} if head != "keep" else set[str]()
-    if head == "zero":
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-    importing.load_state(model, weights.state, weights.origin, fresh)
+    if part == "backbone":
+        _initialise_backbone(model, weights)
+    else:
+        _initialise_all(model, weights, head, classes)
     mine, theirs = model.spec, weights.spec
     if theirs is not None and (mine.mean, mine.std) != (theirs.mean, theirs.std):
         log.warning(
             "%s was trained with input.mean %s and std %s, but this model has %s and %s",
             *(weights.origin, theirs.mean, theirs.std, mine.mean, mine.std),
         )
+
+
+def _initialise_all(model: Model, weights: Weights, head: Head, classes: tuple[str, ...]) -> None:
+    if head == "keep":
+        _check_classes(weights, classes)
+    heads = model.heads if isinstance(model, Detector) else (blocks(model)[-1][0],)
+    fresh = set[str]()
+    for path in heads if head != "keep" else ():
+        layer = model.get_submodule(path)
+        fresh |= {f"{path}.{name}" for name in layer.state_dict()}
+        if head == "zero":
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+    importing.load_state(model, weights.state, weights.origin, fresh)
+
+
+def _initialise_backbone(model: Model, weights: Weights) -> None:
+    if not isinstance(model, Detector):
+        raise ConfigError("start.part: only a detector has a backbone; leave it out for a classifier")
+    inside = {f"{model.backbone}.{name}" for name in model.get_submodule(model.backbone).state_dict()}
+    for prefix in ("network.", "network.features.", "features."):  # a pyramid's body may be a classifier's `features`
+        named = {f"{model.backbone}.{name.removeprefix(prefix)}": value for name, value in weights.state.items()}
+        found = {name: value for name, value in named.items() if name in inside}
+        if found:
+            break
+    importing.load_state(model, found, weights.origin, model.state_dict().keys() - inside)
 
 
 def freeze(model: nn.Module, config: Freeze) -> None:
@@ -163,7 +191,7 @@ def hold_norms(model: nn.Module) -> None:
 
 
 def prepare(
-    path: Path, model: ClassifierConfig, weights: Weights, config: Config, seed: int, classes: tuple[str, ...]
+    path: Path, model: ModelConfig, weights: Weights, config: Config, seed: int, classes: tuple[str, ...]
 ) -> None:
     """Write the whole initial state of a model to `path`, whole or not at all; what is fresh in it follows from `seed`.
 
@@ -173,18 +201,18 @@ def prepare(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = models.build(model)
-    initialise(built, weights, config.head, classes)
+    initialise(built, weights, config.head, classes, config.part)
     partial = path.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in built.state_dict().items()}, partial)
     partial.rename(path)
 
 
-def restore(model: Classifier, path: Path) -> None:
+def restore(model: Model, path: Path) -> None:
     """Give a freshly built model the state that `prepare` wrote."""
     model.load_state_dict(load_file(path))
 
 
-def build(model: ClassifierConfig, seed: int, config: Config | None, folder: Path) -> Classifier:
+def build(model: ModelConfig, seed: int, config: Config | None, folder: Path) -> Model:
     """The model that a run in `folder` begins with: the same on every rank, and frozen as `config` says."""
     torch.manual_seed(seed)
     made = models.build(model)

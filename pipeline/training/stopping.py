@@ -18,7 +18,8 @@ from pipeline.errors import ConfigError
 Mode = Literal["min", "max"]
 LESS_IS_BETTER = ("loss", "error", "err", "nll", "brier", "ece", "mae", "mse", "rmse", "perplexity")
 MORE_IS_BETTER = (
-    *("top1", "top5", "accuracy", "recall", "precision", "f1", "map", "ap", "ap50", "iou", "miou", "auc", "auroc"),
+    *("top1", "top5", "accuracy", "recall", "precision", "f1", "iou", "miou", "auc", "auroc"),
+    *("map", "map50", "map75", "ap", "ap50"),
 )
 
 

@@ -15,12 +15,13 @@ import ray.train.torch
 from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.inference import bundle
-from pipeline.models._contract import ClassifierConfig
+from pipeline.models._contract import ModelConfig
 from pipeline.tracking import journal, system
 from pipeline.training import checkpoint, lines, start
 from pipeline.training.checkpoint import Position
 from pipeline.training.guard import DivergedError
-from pipeline.training.loop import Epoch, Progress, Recipe, fit
+from pipeline.training.loop import Epoch, Progress, fit
+from pipeline.training.recipe import Recipe
 
 Observer = Callable[[Epoch], None]
 
@@ -43,7 +44,7 @@ class Assignment:
     folder: Path
     source: shards.Shards
     recipe: Recipe
-    model: ClassifierConfig
+    model: ModelConfig
     provenance: dict[str, str]
     checkpoints: checkpoint.Store
     is_tracked: bool = False

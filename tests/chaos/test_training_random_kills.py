@@ -23,7 +23,7 @@ from pipeline.data import shards
 from pipeline.inference.bundle import Bundle, load
 from pipeline.training import launch
 from pipeline.training.checkpoint import Config
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 from tests import local_nodes
 
 PATIENCE_S = 600.0

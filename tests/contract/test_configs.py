@@ -48,7 +48,7 @@ def test_every_committed_run_is_accepted_and_its_models_build(path: Path) -> Non
     assert "Run: " in path.read_text(), "a YAML opens with its command"
     for model in models_in(job):
         with torch.device("meta"):  # no weights: an AlexNet would take a quarter of a gigabyte
-            assert models.build(model).network is not None
+            assert models.build_classifier(model).network is not None
 
 
 @pytest.mark.parametrize("path", PATHS_OF_SWEEPS, ids=lambda path: path.name)
@@ -58,7 +58,7 @@ def test_every_trial_of_a_committed_sweep_has_a_model_that_builds(path: Path) ->
     assert len({trial.name for trial in found}) == len(found) > 1
     for trial in found:
         with torch.device("meta"):
-            assert models.build(trial.training.recipe.model).network is not None
+            assert models.build_classifier(trial.training.recipe.model).network is not None
 
 
 def test_there_are_runs_of_the_jobs_that_need_them() -> None:

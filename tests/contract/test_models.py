@@ -44,6 +44,9 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+CLASSIFIERS = [name for name in models.names() if models.config_of(name).task == "classification"]
+
+
 class Holder(Strict):
     model: AnyModel
 
@@ -51,7 +54,7 @@ class Holder(Strict):
 def variants() -> list[tuple[str, dict[str, Any]]]:
     """Every model, once per value of its key `variant` where it has one."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for name in models.names():
+    for name in CLASSIFIERS:
         field = models.config_of(name).model_fields.get("variant")
         values = get_args(field.annotation) if field else ()
         found += [(name, {"variant": value}) for value in values] or [(name, {})]
@@ -61,10 +64,13 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
 def small(name: str, keys: dict[str, Any]) -> ClassifierConfig:
     raw = {**SMALL.get(name, {}), **keys}
     config = configuration.parse(models.config_of(name), raw, name)
+    assert isinstance(config, ClassifierConfig)
     if name not in SMALL_SIDE:
         return config
     spec = dataclasses.replace(config.input, size_hw=(SMALL_SIDE[name],) * 2, resize_short=None)
-    return configuration.parse(models.config_of(name), {**raw, "input": dataclasses.asdict(spec)}, name)
+    smaller = configuration.parse(models.config_of(name), {**raw, "input": dataclasses.asdict(spec)}, name)
+    assert isinstance(smaller, ClassifierConfig)
+    return smaller
 
 
 def label(case: Any) -> str | None:
@@ -79,7 +85,7 @@ every_case = pytest.mark.parametrize(("name", "keys"), variants() + MORE, ids=la
 
 def build(name: str, keys: dict[str, Any], seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    return models.build(small(name, keys))
+    return models.build_classifier(small(name, keys))
 
 
 def images(model: Classifier, count: int) -> torch.Tensor:
@@ -108,7 +114,7 @@ def test_config_of_every_file_names_that_file_and_no_other(name: str) -> None:
 def test_parameter_count_at_full_size_is_the_one_its_docstring_prints(name: str, keys: dict[str, Any]) -> None:
     config = configuration.parse(models.config_of(name), keys, name)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in models.build(config).parameters())
+        count = sum(parameter.numel() for parameter in models.build_classifier(config).parameters())
     assert f"{count:,}" in str(importlib.import_module(type(config).__module__).__doc__)
 
 

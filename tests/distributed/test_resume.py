@@ -20,7 +20,8 @@ from pipeline.config import validate
 from pipeline.data import shards
 from pipeline.data.loading import Loader
 from pipeline.training.checkpoint import Config, Store
-from pipeline.training.loop import Epoch, Recipe, fit
+from pipeline.training.loop import Epoch, fit
+from pipeline.training.recipe import Recipe
 
 BY_CLOCK = ("images_per_s", "data_wait_share")
 RECIPE: dict[str, Any] = {
@@ -66,7 +67,7 @@ def train_rank(rank: int, world_size: int, source: str, folder: str, name: str, 
     kills = changes.get("kills", {}).get(rank, -1)
     recipe = validate(Recipe, RECIPE | changes.get("recipe", {}))
     torch.manual_seed(0)
-    model = models.build(recipe.model)
+    model = models.build_classifier(recipe.model)
     ranks = {"rank": rank, "world_size": world_size}
     loader = Listed(shards.load(Path(source)), model.spec, recipe.loading, augment=recipe.augment, last=kills, **ranks)
     told: list[Epoch] = []
@@ -125,7 +126,7 @@ def test_a_run_that_goes_on_with_fewer_processes_repeats_and_skips_no_picture(
     reached = Store(str(tmp_path / "run")).positions()[-1].offset
     assert reached in {16, 24}
     train(1, stripes, tmp_path, "one", **epoch)
-    model = models.build(validate(Recipe, RECIPE).model)
+    model = models.build_classifier(validate(Recipe, RECIPE).model)
     first = [
         Loader(stripes, model.spec, validate(Recipe, RECIPE).loading, rank=rank, world_size=2).train(0)
         for rank in range(2)

@@ -20,8 +20,9 @@ from pipeline.data.loading import Loader
 from pipeline.data.transforms.classify import Augment
 from pipeline.errors import ConfigError, ModelError
 from pipeline.training import launch
-from pipeline.training.loop import Epoch, Recipe, fit
+from pipeline.training.loop import Epoch, fit
 from pipeline.training.optim import Config as Optim
+from pipeline.training.recipe import Recipe
 
 NUM_TRAIN, NUM_VAL = 48, 23
 PLAIN = {"model": {"name": "lenet5"}, "augment": {"crop": "none", "flip": False}, "optim": {"lr": 0.05}, "epochs": 2}
@@ -67,7 +68,7 @@ def train_rank(rank: int, world_size: int, path: str, store: str, batch_size: in
     config = validate(models.config_of("lenet5"), {"name": "lenet5", "num_classes": 2})
     recipe = Recipe(model=config, loading=Loading(batch_size=batch_size, num_tasks=0), optim=Optim(lr=0.05), epochs=2)
     augment = Augment(crop="none", flip=False)
-    model = models.build(config)
+    model = models.build_classifier(config)
     loader = Loader(
         shards.load(Path(path)), model.spec, recipe.loading, augment=augment, seed=3, rank=rank, world_size=world_size
     )

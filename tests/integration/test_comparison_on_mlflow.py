@@ -18,7 +18,7 @@ from pipeline.data import shards
 from pipeline.errors import ConfigError, DataError, ModelError, TrackingError
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.mistakes import error_sheet
-from pipeline.evaluation.report import Evaluation, Report, evidence_metrics
+from pipeline.evaluation.report import ClassificationReport, Evaluation, evidence_metrics
 from pipeline.tracking import compare as comparison
 from pipeline.tracking import gate, registry, runs
 from pipeline.tracking.gate import Gate
@@ -58,7 +58,7 @@ def evaluation(
     )
     said = merge([Predictions.of(origin, ids, labels, scores)])
     counts = Counts.of(scores, labels, 10.0 + len(list(wrong)))
-    report = Report.of(counts, "val", source.manifest.classes, {})
+    report = ClassificationReport.of(counts, "val", source.manifest.classes, {})
     figures = {"metrics": report.metrics | evidence_metrics(said)}
     errors = error_sheet(said, source)
     return Evaluation(**dict(report.model_copy(update=figures)), predictions=said, errors=errors)

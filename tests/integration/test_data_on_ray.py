@@ -24,9 +24,10 @@ from pipeline.data.transforms.classify import Augment, evaluation
 from pipeline.errors import DataError
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.live import evaluate as count
-from pipeline.evaluation.run import evaluate
+from pipeline.evaluation.run import evaluate_classifier as evaluate
 from pipeline.inference import bulk, bundle
 from pipeline.inference.bundle import Bundle
+from pipeline.models._contract import Classifier
 from pipeline.types import DetectorSpec, Fit, InputSpec, Record
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -196,6 +197,7 @@ def test_loading_damaged_shard_is_one_sentence(made: shards.Shards, model: Bundl
 
 def test_evaluation_of_103_images_is_exact_on_any_number_of_tasks(made: shards.Shards, model: Bundle) -> None:
     network = model.build()
+    assert isinstance(network, Classifier)
     alone = Loader(made, network.spec, Loading(batch_size=16, reader="local"))
     expected = count(network, alone.evaluate("val"), 2)
     assert expected.num_images == NUM_VAL
@@ -218,9 +220,11 @@ def test_evaluation_of_103_images_is_exact_on_any_number_of_tasks(made: shards.S
 def test_evaluation_by_ten_views_averages_the_scores_of_ten_forward_passes(
     made: shards.Shards, model: Bundle, tmp_path: Path
 ) -> None:
-    spec = dataclasses.replace(model.card.model.input, resize_short=32)
+    given = model.card.model.input
+    assert isinstance(given, InputSpec)
+    spec = dataclasses.replace(given, resize_short=32)
     config = model.card.model.model_copy(update={"input": spec})
-    network = models.build(config).eval()
+    network = models.build_classifier(config).eval()
     ten = bundle.save(tmp_path / "b", network, config, classes=("bright", "dark"))
     report = evaluate(ten, made, "val", views="ten_crop")
     assert report.provenance["views"] == report.predictions.origin.views == "ten_crop"
@@ -250,7 +254,7 @@ def test_evaluation_of_a_flipped_byte_or_other_classes_is_refused(made: shards.S
 @pytest.mark.slow
 def test_bulk_prediction_goes_on_where_it_was_stopped(photos: Path, model: Bundle, tmp_path: Path) -> None:
     inputs = bulk.from_folder(photos / "train")
-    output = bulk.predict(model, inputs, tmp_path / "out", top_k=2, images_per_part=40)
+    output = bulk.predict(model, inputs, tmp_path / "out", kept=bulk.Kept(top_k=2), images_per_part=40)
     parts = sorted(output.glob("part-*.parquet"))
     rows = pq.read_table(parts).to_pylist()
     assert len(parts) == 3
@@ -264,12 +268,12 @@ def test_bulk_prediction_goes_on_where_it_was_stopped(photos: Path, model: Bundl
     parts[1].unlink()
     (output / bulk.DONE).unlink()
     kept = parts[0].stat().st_mtime_ns
-    bulk.predict(model, inputs, output, top_k=2, images_per_part=40)
+    bulk.predict(model, inputs, output, kept=bulk.Kept(top_k=2), images_per_part=40)
     assert {path: path.read_bytes() for path in parts} == before
     assert parts[0].stat().st_mtime_ns == kept
     assert (output / bulk.DONE).exists()
     with pytest.raises(DataError, match="other top_k"):
-        bulk.predict(model, inputs, output, top_k=1, images_per_part=40)
+        bulk.predict(model, inputs, output, kept=bulk.Kept(top_k=1), images_per_part=40)
 
 
 @pytest.mark.slow

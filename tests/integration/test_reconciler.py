@@ -20,7 +20,7 @@ from serve.schemas import AppArgs
 def make_bundle(path: Path, seed: int) -> bundle.Bundle:
     torch.manual_seed(seed)
     architecture = models.config_of("lenet5")(name="lenet5", num_classes=3)
-    return bundle.save(path, models.build(architecture), architecture, classes=("a", "b", "c"))
+    return bundle.save(path, models.build_classifier(architecture), architecture, classes=("a", "b", "c"))
 
 
 def args(*served: dict[str, Any], **more: Any) -> AppArgs:

@@ -59,7 +59,7 @@ def make_bundle(path: Path, seed: int = 0) -> Bundle:
     origin = {"dataset": "digits", "dataset_digest": "c" * 64}
     return bundle.save(
         path,
-        models.build(config),
+        models.build_classifier(config),
         config,
         classes=CLASSES,
         metrics={"val/top1": 0.25 + seed, "lr": 0.1},

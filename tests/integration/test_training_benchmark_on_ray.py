@@ -13,7 +13,7 @@ from pipeline.benchmark import training
 from pipeline.benchmark.clock import Steps
 from pipeline.benchmark.training_report import table
 from pipeline.config import validate
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 
 
 @contextmanager

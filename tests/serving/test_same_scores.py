@@ -64,7 +64,7 @@ def published(mlflow_server: Service, tmp_path_factory: pytest.TempPathFactory) 
         models.config_of("alexnet"),
         {"name": "alexnet", "num_classes": len(CLASSES), "fc_features": 64, "init": "kaiming"},
     )
-    model = models.build(config)
+    model = models.build_classifier(config)
     output = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
     torch.nn.init.normal_(output.weight, std=3.0)  # a net that has an opinion
     made = bundle.save(tmp_path_factory.mktemp("bundles") / "bundle", model, config, classes=CLASSES)
@@ -134,7 +134,9 @@ def evaluate_offline(made: Bundle, data: bytes, folder: Path) -> Classification:
     loader = Loader(shards.Shards(folder, manifest), model.spec, Loading(batch_size=1, reader="local"))
     (batch,) = loader.evaluate("val")
     with torch.inference_mode():
-        return model.postprocess(model(batch), batch.frames)[0]
+        answer = model.postprocess(model(batch), batch.frames)[0]
+    assert isinstance(answer, Classification)
+    return answer
 
 
 def test_same_scores_on_all_four_ways(published: Published, scoring: str, ray_head: Service, tmp_path: Path) -> None:

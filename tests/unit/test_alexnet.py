@@ -25,7 +25,7 @@ def config(**keys: Any) -> alexnet.Config:
 
 def network(**keys: Any) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(config(**{"fc_features": 16, "num_classes": 4, **keys})).network
+    return models.build_classifier(config(**{"fc_features": 16, "num_classes": 4, **keys})).network
 
 
 def sized(side: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def convolutions(net: nn.Module) -> list[nn.Conv2d]:
 def test_torchvision_weights_load_and_give_torchvision_outputs() -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet().eval()
-    ours = models.build(config()).eval()
+    ours = models.build_classifier(config()).eval()
     ours.network.load_state_dict(theirs.state_dict())
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -14,15 +14,15 @@ from pipeline.batch import Batch
 from pipeline.errors import BundleError
 from pipeline.imaging import Decoding
 from pipeline.inference import bundle
-from pipeline.models._contract import Classifier, ClassifierConfig
+from pipeline.models._contract import Classifier, ModelConfig
 
 CLASSES = ("ant", "bee", "cat")
 
 
-def lenet() -> tuple[Classifier, ClassifierConfig]:
+def lenet() -> tuple[Classifier, ModelConfig]:
     torch.manual_seed(0)
     config = models.config_of("lenet5")(name="lenet5", num_classes=3)
-    return models.build(config), config
+    return models.build_classifier(config), config
 
 
 @pytest.fixture

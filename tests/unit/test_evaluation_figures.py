@@ -18,7 +18,7 @@ from pipeline.evaluation import figures
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.curves import all_precision_recall, reliability
 from pipeline.evaluation.mistakes import error_sheet, most_confident
-from pipeline.evaluation.report import Evaluation, Report, evidence_metrics
+from pipeline.evaluation.report import ClassificationReport, Evaluation, evidence_metrics
 from pipeline.tracking.predictions import Origin, Predictions, merge, read
 
 
@@ -38,7 +38,7 @@ def evaluation_of(predictions: Predictions) -> Evaluation:
     confusion = np.zeros((len(predictions.origin.classes),) * 2, np.int64)
     np.add.at(confusion, (predictions.labels, predictions.predicted), 1)
     counts = Counts(confusion, int(predictions.right(5).sum()), 1.0)
-    report = Report.of(counts, "val", predictions.origin.classes, {})
+    report = ClassificationReport.of(counts, "val", predictions.origin.classes, {})
     return Evaluation(
         **dict(report.model_copy(update={"metrics": report.metrics | evidence_metrics(predictions)})),
         predictions=predictions,
@@ -76,7 +76,7 @@ def test_record_gives_the_run_report_predictions_figures_and_the_tag(tmp_path: P
     assert run.given.keys() == drawn | metrics | files | {"evaluated.val", "views.val"}
     assert (run.given["evaluated.val"], run.given["views.val"]) == ("w" * 64, "centre")
     assert read(tmp_path / "predictions-val.parquet").table().equals(found.predictions.table())
-    plain = Report.model_validate_json((tmp_path / "report.json").read_text(), strict=True)
+    plain = ClassificationReport.model_validate_json((tmp_path / "report.json").read_text(), strict=True)
     assert plain.metrics == found.metrics
 
 

@@ -25,7 +25,9 @@ from pipeline.training.finder import Curve, RangeTest, largest_batch, range_test
 def model(**keys: Any) -> Classifier:
     torch.manual_seed(0)
     raw = {"fc_features": 16, "num_classes": 2, "norm": "batch", "input": {"size_hw": [64, 64]}} | keys
-    return models.build(parse(models.config_of("alexnet"), raw, "here")).train()  # has dropout and statistics
+    return models.build_classifier(
+        parse(models.config_of("alexnet"), raw, "here")
+    ).train()  # has dropout and statistics
 
 
 def batches() -> Iterator[Batch]:
@@ -152,8 +154,13 @@ def test_probe_of_a_step_counts_what_autograd_keeps_and_leaves_the_model_alone()
     optimizer = optim.build_optimizer(net, optim.Config())
     before = snapshot(net, optimizer)
     weights = sum(value.nbytes for value in net.parameters())
+
+    def blank(num_images: int) -> Batch:
+        images = torch.full((num_images, net.spec.num_channels, *net.spec.size_hw), 128, dtype=torch.uint8)
+        return Batch(images, torch.zeros(num_images, dtype=torch.int64))
+
     found = [
-        largest_batch(step_probe(net, optimizer, mean_loss(net), 4 * weights + room), start=4, most=256)
+        largest_batch(step_probe(net, optimizer, mean_loss(net), blank, 4 * weights + room), start=4, most=256)
         for room in (10_000_000, 20_000_000)
     ]
     assert 1 <= found[0] < found[1] < 256

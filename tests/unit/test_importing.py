@@ -14,7 +14,7 @@ from pipeline import models
 from pipeline.batch import Batch
 from pipeline.config import parse
 from pipeline.errors import BundleError, ConfigError, ModelError
-from pipeline.inference import bundle
+from pipeline.inference import bundle, importing
 from pipeline.inference.importing import Config, bundle_from
 from pipeline.models._contract import Classifier
 
@@ -23,7 +23,7 @@ LENET = {"name": "lenet5", "num_classes": 3}
 
 def lenet() -> Classifier:
     torch.manual_seed(5)
-    return models.build(parse(models.config_of("lenet5"), LENET, "here"))
+    return models.build_classifier(parse(models.config_of("lenet5"), LENET, "here"))
 
 
 def weights() -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def test_class_names_come_from_a_file_and_must_be_as_many_as_outputs(tmp_path: P
 
 def test_class_names_of_torchvisions_weights_need_no_download(tmp_path: Path) -> None:
     wide = parse(models.config_of("lenet5"), {"num_classes": 1000}, "here")
-    torch.save(models.build(wide).state_dict(), tmp_path / "lenet.pt")
+    torch.save(models.build_classifier(wide).state_dict(), tmp_path / "lenet.pt")
     given: dict[str, Any] = {"model": {"name": "lenet5", "num_classes": 1000}, "classes": []}
     made = bundle_from(config(**given, classes_of="VGG16_Weights.DEFAULT"), tmp_path, tmp_path / "made")
     assert made.card.classes[0] == "tench"
@@ -141,3 +141,25 @@ def test_class_names_of_torchvisions_weights_need_no_download(tmp_path: Path) ->
 def test_two_sources_or_none_are_refused(keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config(**keys)
+
+
+def test_torchvisions_published_detectors_load_by_the_names_that_they_were_stored_under() -> None:
+    config = parse(models.config_of("faster_rcnn"), {"backbone": "resnet50_fpn", "num_classes": 90}, "here")
+    with torch.device("meta"):
+        model = models.build(config)
+    stored = {
+        name.removeprefix("network.")
+        .replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        .replace("blocks.0.0.", "blocks.0.")
+        .replace("blocks.1.0.", "blocks.1.")
+        .replace("blocks.2.0.", "blocks.2.")
+        .replace("blocks.3.0.", "blocks.3."): value
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    assert "rpn.head.conv.weight" in stored
+    assert "backbone.fpn.inner_blocks.3.bias" in stored
+    importing.load_state(model, stored, "torchvision")
+    del stored["rpn.head.conv.weight"]
+    with pytest.raises(ModelError, match=r"network\.rpn\.head\.conv\.0\.0\.weight: .*the weights hold nothing"):
+        importing.load_state(model, stored, "torchvision")

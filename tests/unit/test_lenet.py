@@ -21,7 +21,7 @@ from pipeline.models._layers import PartialConv2d, ScaledTanh, Subsampling
 
 def build(name: str, **keys: Any) -> Classifier:
     torch.manual_seed(0)
-    return models.build(parse(models.config_of(name), keys, name))
+    return models.build_classifier(parse(models.config_of(name), keys, name))
 
 
 def layer_of(model: Classifier, name: str) -> nn.Module:
@@ -192,7 +192,7 @@ def test_impossible_config_is_refused_with_its_reason(name: str, keys: dict[str,
 def test_classes_of_the_shards_that_have_no_bitmaps_are_refused_when_built() -> None:
     config = lenet5.Config(variant="1998").model_copy(update={"num_classes": 11})
     with pytest.raises(ModelError, match="got num_classes 11"):
-        models.build(config)
+        models.build_classifier(config)
 
 
 @pytest.mark.parametrize("name", ["lenet1", "lenet5"])

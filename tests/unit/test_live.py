@@ -18,7 +18,7 @@ from pipeline.types import Float32Array, InputSpec
 @pytest.fixture
 def model() -> Classifier:
     torch.manual_seed(0)
-    return models.build(models.config_of("lenet5")(name="lenet5", num_classes=4))
+    return models.build_classifier(models.config_of("lenet5")(name="lenet5", num_classes=4))
 
 
 def batches(*sizes: int, side: int = 28) -> list[Batch]:
@@ -46,7 +46,7 @@ def test_evaluate_counts_every_image_and_weighs_the_loss_by_batch_size(model: Cl
 
 def test_evaluate_of_ten_views_averages_the_scores_of_ten_forward_passes() -> None:
     torch.manual_seed(0)
-    model = models.build(models.config_of("lenet5")(name="lenet5", num_classes=4)).eval()
+    model = models.build_classifier(models.config_of("lenet5")(name="lenet5", num_classes=4)).eval()
     model.spec = InputSpec(size_hw=(28, 28), resize_short=34)
     (batch,), seen = batches(6, side=34), list[Float32Array]()
     counts = evaluate(model, [batch], 4, watch=lambda _, scores: seen.append(scores), views="ten_crop")

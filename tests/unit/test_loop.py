@@ -23,7 +23,9 @@ from pipeline.models._contract import Classifier
 from pipeline.training import guard
 from pipeline.training.checkpoint import Config, Position, Store
 from pipeline.training.guard import DivergedError
-from pipeline.training.loop import REPORTED, Epoch, Progress, Recipe, fit
+from pipeline.training.loop import RUNNING, Epoch, Progress, fit
+from pipeline.training.recipe import Recipe
+from pipeline.training.tasks import Classification
 from pipeline.types import InputSpec
 
 
@@ -49,7 +51,7 @@ def recipe(**keys: Any) -> Recipe:
 
 def fresh(given: Recipe) -> Classifier:
     torch.manual_seed(given.seed)
-    return models.build(given.model)
+    return models.build_classifier(given.model)
 
 
 def trained(source: shards.Shards, given: Recipe, **keys: Any) -> tuple[Classifier, list[Epoch]]:
@@ -144,11 +146,11 @@ def test_a_run_that_is_killed_anywhere_and_resumed_equals_an_uninterrupted_one_b
     store = Store(str(tmp_path), Config(every_steps=every_steps))
     for last in kills:
         torch.manual_seed(12345)  # whatever the random state of the new process is
-        model = models.build(given.model) if store.positions() else fresh(given)
+        model = models.build_classifier(given.model) if store.positions() else fresh(given)
         with pytest.raises(KilledError):
             fit(model, Mortal(stripes, given, model.spec, last), given, checkpoints=store, observe=told.append)
     torch.manual_seed(54321)
-    model = models.build(given.model) if store.positions() else fresh(given)
+    model = models.build_classifier(given.model) if store.positions() else fresh(given)
     loader = Loader(stripes, model.spec, given.loading, augment=given.augment, seed=given.seed)
     final = fit(model, loader, given, checkpoints=store, observe=told.append)
     whole, epochs = uninterrupted
@@ -418,7 +420,7 @@ def test_an_unknown_watched_metric_is_named(stripes: shards.Shards) -> None:
 
 def test_every_reported_metric_can_be_watched(stripes: shards.Shards) -> None:
     _, epochs = trained(stripes, recipe(epochs=1))
-    assert epochs[0].metrics.keys() == set(REPORTED)
+    assert epochs[0].metrics.keys() == {*RUNNING, *(f"val/{name}" for name in Classification.MEASURED)}
 
 
 def test_a_resumed_run_takes_decay_and_momentum_from_its_recipe(stripes: shards.Shards, tmp_path: Path) -> None:

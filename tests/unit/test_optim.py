@@ -196,7 +196,7 @@ def test_blocks_are_the_parts_that_depth_is_counted_in(
     name: str, keys: dict[str, Any], count: int, ends: tuple[str, str]
 ) -> None:
     with torch.device("meta"):
-        found = blocks(models.build(parse(models.config_of(name), keys, "here")))
+        found = blocks(models.build_classifier(parse(models.config_of(name), keys, "here")))
     names = [name for name, _ in found]
     assert (len(names), (names[0], names[-1])) == (count, ends)
 

@@ -19,7 +19,7 @@ from pipeline.training.precision import arrange, compile_network, grad_scaler
 
 def lenet() -> Classifier:
     torch.manual_seed(0)
-    return models.build(parse(models.config_of("lenet5"), {}, "here"))
+    return models.build_classifier(parse(models.config_of("lenet5"), {}, "here"))
 
 
 @pytest.mark.parametrize(

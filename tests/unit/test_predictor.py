@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.data.loading import Config, Loader
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.types import Classification
+from pipeline.types import Answer, Classification
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def picture(seed: int, height: int = 30, width: int = 40) -> bytes:
     return imaging.encode_png(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def answered(answers: list[Classification | ImageError]) -> list[Classification]:
+def answered(answers: Sequence[Answer | ImageError]) -> list[Classification]:
     assert all(isinstance(answer, Classification) for answer in answers)
     return [answer for answer in answers if isinstance(answer, Classification)]
 

@@ -12,7 +12,7 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from serve.ingress import application
-from serve.schemas import Limits, Ranked, Refused, Served
+from serve.schemas import Limits, Refused, Served, Told, Wanted
 
 SERVED = (Served("digits", "3", "champion", Path("/nowhere"), 10), Served("flowers", "1", None, Path("/nowhere"), 3))
 
@@ -20,15 +20,15 @@ SERVED = (Served("digits", "3", "champion", Path("/nowhere"), 10), Served("flowe
 class Answering:
     """Answers as told; remembers what it was asked."""
 
-    def __init__(self, answer: Ranked | Refused | Exception | float) -> None:
+    def __init__(self, answer: Told | Refused | Exception | float) -> None:
         self.answer = answer
-        self.asked: list[tuple[str, bytes, int]] = []
+        self.asked: list[tuple[str, bytes, Wanted]] = []
 
-    async def predict(self, name: str, data: bytes, top_k: int) -> Ranked | Refused:
-        self.asked.append((name, data, top_k))
+    async def predict(self, name: str, data: bytes, wanted: Wanted) -> Told | Refused:
+        self.asked.append((name, data, wanted))
         if isinstance(self.answer, float):
             await asyncio.sleep(self.answer)
-            return ranked(top_k)
+            return ranked(wanted.top_k)
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -39,14 +39,14 @@ class Answering:
         return True
 
 
-def ranked(count: int) -> Ranked:
-    return Ranked(tuple(range(count)), tuple(map(str, range(count))), (0.1,) * count, 1.0, 2.0, 3.0)
+def ranked(count: int) -> Told:
+    return Told(tuple(range(count)), tuple(map(str, range(count))), (0.1,) * count, None, 1.0, 2.0, 3.0)
 
 
 class Client:
     """Speaks ASGI to the application."""
 
-    def __init__(self, answer: Ranked | Refused | Exception | float, **limits: Any) -> None:
+    def __init__(self, answer: Told | Refused | Exception | float, **limits: Any) -> None:
         self.models = Answering(answer)
         self.app = application(SERVED, Limits(**limits), self.models)
 
@@ -85,7 +85,7 @@ def test_predict_joins_the_body_and_names_the_version_that_answered() -> None:
     client = Client(ranked(2))
     status, body, _ = asyncio.run(client.post("/predict/digits?top_k=2", [b"ab", b"", b"c"]))
     assert status == 200
-    assert client.models.asked == [("digits", b"abc", 2)]
+    assert client.models.asked == [("digits", b"abc", Wanted(top_k=2))]
     assert body["model"] == {"name": "digits", "version": "3", "alias": "champion"}
     assert body["predictions"][1] == {"label": 1, "class_name": "1", "score": 0.1}
     assert body["timing_ms"] == {"decode": 1.0, "queue": 2.0, "infer": 3.0}
@@ -95,7 +95,7 @@ def test_predict_without_top_k_asks_for_five_or_all_classes() -> None:
     client = Client(ranked(3))
     asyncio.run(client.post("/predict/digits", [b"x"]))
     asyncio.run(client.post("/predict/flowers", [b"x"]))
-    assert [top_k for *_, top_k in client.models.asked] == [5, 3]
+    assert [wanted.top_k for *_, wanted in client.models.asked] == [5, 3]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from pipeline.config import parse
 from pipeline.errors import BundleError, ConfigError, ModelError
 from pipeline.inference import bundle, importing
 from pipeline.inference.bundle import Bundle
-from pipeline.models._contract import Classifier, ClassifierConfig
+from pipeline.models._contract import Classifier, ModelConfig
+from pipeline.models._detector import Detector
 from pipeline.training import start
 from pipeline.training.optim import Config as Optim
 from pipeline.training.optim import build_optimizer
@@ -26,14 +27,14 @@ from pipeline.training.optim import build_optimizer
 CLASSES = ("ant", "bee", "cat")
 
 
-def net(num_classes: int = 3, **keys: Any) -> ClassifierConfig:
+def net(num_classes: int = 3, **keys: Any) -> ModelConfig:
     raw = {"name": "alexnet", "fc_features": 8, "norm": "batch", "num_classes": num_classes}
     return parse(models.config_of("alexnet"), raw | {"input": {"size_hw": [64, 64]}} | keys, "here")
 
 
-def built(config: ClassifierConfig, seed: int = 0) -> Classifier:
+def built(config: ModelConfig, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    return models.build(config)
+    return models.build_classifier(config)
 
 
 def config(weights: str, **keys: Any) -> start.Config:
@@ -256,3 +257,65 @@ def test_frozen_layers_keep_weights_and_statistics_while_the_rest_learns() -> No
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     frozen = ("network.features.0.", "network.features.norm1.", "network.features.3.", "network.features.norm2.")
     assert changed == {name for name in before if not name.startswith(frozen)}
+
+
+def detector(**keys: Any) -> Detector:
+    raw = {"backbone": "squeezenet1_1", "channels": 16, "num_classes": 3, "input": {"fit": {"size_hw": [64, 64]}}}
+    torch.manual_seed(0)
+    model = models.build(parse(models.config_of("yolo_multiscale"), raw | keys, "here"))
+    assert isinstance(model, Detector)
+    return model
+
+
+def test_a_classifiers_weights_fit_into_a_detectors_backbone_and_the_rest_stays_as_it_is() -> None:
+    torch.manual_seed(7)
+    classifier = models.build(parse(models.config_of("squeezenet"), {"variant": "1_1", "num_classes": 4}, "here"))
+    model, before = detector(), detector().state_dict()
+    start.initialise(model, start.Weights("here", classifier.state_dict()), "new", CLASSES, "backbone")
+    given = {name.removeprefix("network."): value for name, value in classifier.state_dict().items()}
+    for name, value in model.state_dict().items():
+        own = name.removeprefix("network.backbone.")
+        assert torch.equal(value, given[own] if name.startswith("network.backbone.") else before[name]), name
+
+
+def test_a_pyramids_body_takes_the_features_of_a_mobilenet() -> None:
+    classifier = torchvision.models.mobilenet_v3_large(num_classes=3)
+    model = models.build(parse(models.config_of("faster_rcnn"), {"backbone": "mobilenet_v3_320"}, "here"))
+    start.initialise(model, start.Weights("here", classifier.state_dict()), "new", CLASSES, "backbone")
+    found = model.get_submodule(model.backbone).state_dict() if isinstance(model, Detector) else {}
+    assert torch.equal(found["0.0.weight"], classifier.state_dict()["features.0.0.weight"])
+
+
+def test_weights_of_another_backbone_are_refused_by_name() -> None:
+    alexnet = torchvision.models.alexnet(num_classes=3).state_dict()
+    with pytest.raises(ModelError, match=r"network\.backbone\.features\.\d+\S*: the model expects"):
+        start.initialise(detector(), start.Weights("here", alexnet), "new", CLASSES, "backbone")
+
+
+def test_a_classifier_has_no_backbone_to_load_into() -> None:
+    model = built(net())
+    with pytest.raises(ConfigError, match=r"start\.part: only a detector has a backbone"):
+        start.initialise(model, start.Weights("here", model.state_dict()), "new", CLASSES, "backbone")
+
+
+@pytest.mark.parametrize("head", ["new", "zero"])
+def test_a_detector_of_other_classes_gives_all_but_the_layers_of_the_classes(head: Literal["new", "zero"]) -> None:
+    given, model, before = detector(num_classes=5), detector(), detector().state_dict()
+    with torch.no_grad():
+        for parameter in given.parameters():
+            parameter.add_(0.5)
+    start.initialise(model, start.Weights("here", given.state_dict()), head, CLASSES)
+    for name, value in model.state_dict().items():
+        if any(name.startswith(f"{path}.") for path in model.heads):
+            assert torch.equal(value, before[name] if head == "new" else torch.zeros_like(value))
+        else:
+            assert torch.equal(value, given.state_dict()[name])
+
+
+def test_blocks_of_a_detector_are_counted_from_the_first_layer_of_its_backbone() -> None:
+    model = detector()
+    start.freeze(model, start.Freeze(first=2))
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert all(name.startswith("network.backbone.features.") for name in frozen)
+    assert "network.backbone.features.0.weight" in frozen
+    assert any(name.startswith("network.backbone.features.12") for name in model.state_dict().keys() - frozen)

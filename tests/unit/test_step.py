@@ -23,7 +23,7 @@ from pipeline.training.step import backward, split, update
 
 def lenet() -> Classifier:
     torch.manual_seed(0)
-    return models.build(parse(models.config_of("lenet5"), {}, "here"))
+    return models.build_classifier(parse(models.config_of("lenet5"), {}, "here"))
 
 
 def batch(count: int) -> Batch:

@@ -21,7 +21,7 @@ from pipeline.models._contract import Classifier
 
 def build(name: str, **keys: Any) -> Classifier:
     torch.manual_seed(0)
-    return models.build(parse(models.config_of(name), keys, "here"))
+    return models.build_classifier(parse(models.config_of(name), keys, "here"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pipeline.benchmark.training_block import Task, set_up
 from pipeline.benchmark.training_report import Block, Report, table
 from pipeline.config import load, validate
 from pipeline.errors import ConfigError, DataError
-from pipeline.training.loop import Recipe
+from pipeline.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 LENET = {"model": {"name": "lenet5"}, "loading": {"batch_size": 4, "reader": "local"}}
@@ -182,7 +182,7 @@ def test_worker_with_other_threads_than_asked_for_is_refused(tmp_path: Path) -> 
 def test_synthetic_loader_gives_one_batch_for_every_step_of_the_loop(tmp_path: Path) -> None:
     steps = Steps(warm_up=1, timed=2, watched=1)
     task = Task(way="loop", data="synthetic", recipe=recipe(), steps=steps, scratch=tmp_path, began=0.0)
-    model = models.build(task.recipe.model)
+    model = models.build_classifier(task.recipe.model)
     clock = Clock(steps, torch.device("cpu"), 0.0, [os.getpid()])
     loader = own_loop.Timed(task, model, clock, 0, torch.device("cpu"))
     batches = list(loader.train(0))

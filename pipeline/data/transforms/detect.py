@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.config import Strict
 from pipeline.data.transforms.resizing import resize, resize_mask
 from pipeline.data.transforms.scenes import (
     GREY,
+    NO_REGIONS,
     UNJUDGED,
     Scene,
     Window,
@@ -30,6 +31,7 @@ from pipeline.data.transforms.scenes import (
     iou_crop,
     mosaic,
     move,
+    move_regions,
     overlap,
     paste,
 )
@@ -48,12 +50,14 @@ class View:
         objects: their boxes in pixels of `image`, each inside it and of some area.
         mask: uint8 [h, w] of class indices, 255 where padded; None where there is none.
         frame: maps the input to the original; of a training view, which has none, the view itself.
+        proposals: float32 [P, 4], regions in pixels of `image`, each inside the picture and of some area.
     """
 
     image: UInt8Array
     objects: Objects
     mask: UInt8Array | None
     frame: Frame
+    proposals: Float32Array = field(default_factory=NO_REGIONS.copy)
 
 
 class Augment(Strict):
@@ -107,13 +111,14 @@ def read(
     objects: Objects | None = None,
     mask: UInt8Array | None = None,
     decoding: imaging.Decoding = imaging.DEFAULT,
+    proposals: Float32Array = NO_REGIONS,
 ) -> Scene:
-    """Decode every pixel of a picture, for training. Boxes and mask are in pixels of the upright original.
+    """Decode every pixel of a picture, for training. Boxes, mask and proposals are in pixels of the upright original.
 
     Raises:
         ImageError: the bytes are not an image this project accepts.
     """
-    return Scene(imaging.decode(data, decoding), no_objects() if objects is None else objects, mask)
+    return Scene(imaging.decode(data, decoding), no_objects() if objects is None else objects, mask, proposals)
 
 
 def evaluation(
@@ -122,10 +127,12 @@ def evaluation(
     objects: Objects | None = None,
     mask: UInt8Array | None = None,
     decoding: imaging.Decoding = imaging.DEFAULT,
+    proposals: Float32Array = NO_REGIONS,
 ) -> View:
     """Decode and fit one picture: what evaluation, predictor and endpoint show a model.
 
-    Only boxes without any area in the picture are dropped. Boxes and mask are in pixels of the upright original.
+    Only boxes and proposals without any area in the picture are dropped. They and the mask are in pixels of the upright
+    original.
 
     Raises:
         ImageError: the bytes are not an image this project accepts.
@@ -136,12 +143,12 @@ def evaluation(
     frame = fit.frame(upright_hw)
     # libjpeg may decode at a fraction of the size, as long as neither side falls under twice what is needed.
     image = imaging.decode(data, decoding, min_short=math.ceil(min(upright_hw) * max(frame.scale_xy)))
-    return _view(image, objects, mask, frame)
+    return _view(image, objects, mask, proposals, frame)
 
 
 def fitted(scene: Scene, fit: Fit) -> View:
     """Fit a decoded picture as `evaluation` does its bytes."""
-    return _view(scene.image, scene.objects, scene.mask, fit.frame(scene.size_hw))
+    return _view(scene.image, scene.objects, scene.mask, scene.proposals, fit.frame(scene.size_hw))
 
 
 MOSAIC: Literal[4] = 4
@@ -156,7 +163,7 @@ def num_scenes(augment: Augment, rng: np.random.Generator) -> Literal[1, 4]:
 def training(scenes: Sequence[Scene], fit: Fit, augment: Augment, rng: np.random.Generator) -> View:
     """Vary one picture, or four as a mosaic, and fit it.
 
-    Objects come out in the order they went in; a box of less than a pixel a side in the input is dropped.
+    Objects and proposals come out in the order they went in; one of less than a pixel a side in the input is dropped.
 
     Args:
         scenes: as many as `num_scenes` asked for, drawn from the same generator.
@@ -174,13 +181,22 @@ def training(scenes: Sequence[Scene], fit: Fit, augment: Augment, rng: np.random
         scene = crop(scene, _shifted_window(scene.size_hw, augment, rng), augment.min_visible)
     if augment.flip and rng.random() < 0.5:
         scene = flip(scene)
-    view = _view(scene.image, scene.objects, scene.mask, fit.frame(scene.size_hw), min_side=1.0)
+    frame = fit.frame(scene.size_hw)
+    view = _view(scene.image, scene.objects, scene.mask, scene.proposals, frame, min_side=1.0)
     image = _recolour(view.image, augment, rng)
-    return replace(view, image=image, frame=Frame(view.frame.input_hw, view.frame.input_hw))
+    return replace(view, image=image, frame=Frame(frame.input_hw, frame.input_hw))
 
 
-def _view(image: UInt8Array, objects: Objects, mask: UInt8Array | None, frame: Frame, *, min_side: float = 0.0) -> View:
-    """Scale and pad as `frame` says. The image may be a reduction of the original, which boxes and mask belong to."""
+def _view(
+    image: UInt8Array,
+    objects: Objects,
+    mask: UInt8Array | None,
+    proposals: Float32Array,
+    frame: Frame,
+    *,
+    min_side: float = 0.0,
+) -> View:
+    """Scale and pad as `frame` says. The image may be a reduction of the original, which all the rest belongs to."""
     (height, width), (scale_x, scale_y) = frame.original_hw, frame.scale_xy
     inner_hw, left, top = (round(height * scale_y), round(width * scale_x)), *map(int, frame.offset_xy)
     pixels = _pad(resize(image, inner_hw), frame.input_hw, top, left, GREY)
@@ -188,7 +204,8 @@ def _view(image: UInt8Array, objects: Objects, mask: UInt8Array | None, frame: F
         mask = np.ascontiguousarray(_pad(resize_mask(mask, inner_hw), frame.input_hw, top, left, UNJUDGED))
     within = overlap((left, top), inner_hw, frame.input_hw)
     moved = move(objects, frame.scale_xy, frame.offset_xy, within, 0.0, min_side)
-    return View(pixels, moved, mask, frame)
+    regions = move_regions(proposals, frame.scale_xy, frame.offset_xy, within, min_side)
+    return View(pixels, moved, mask, frame, regions)
 
 
 def _pad(pixels: UInt8Array, size_hw: tuple[int, int], top: int, left: int, fill: int) -> UInt8Array:

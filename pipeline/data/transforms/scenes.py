@@ -1,5 +1,7 @@
 """Pictures with their boxes and masks, and what can be done to all three at once: flip, crop, IoU crop, mosaic.
 
+Regions that were proposed move as the boxes of objects do, but none is lost because little of it is in view.
+
 The operations make scenes of scenes, always in the pixels of the picture at hand; which of them happen, and how the
 last scene becomes a model's input, is `transforms.detect`'s. Outlines of objects (`Objects.regions`) are left behind.
 """
@@ -7,18 +9,20 @@ last scene becomes a model's input, is `transforms.detect`'s. Outlines of object
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import boxes
 from pipeline.data.transforms.resizing import resize, resize_mask
-from pipeline.types import BoolArray, Objects, UInt8Array
+from pipeline.types import BoolArray, Float32Array, Objects, UInt8Array
 
 GREY = 114  # around a picture, as YOLO and its successors pad
 UNJUDGED = 255  # the mask's class of pixels that were never in a picture
 Window = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels, half-open; may reach beyond the picture."""
+NO_REGIONS = np.zeros((0, 4), np.float32)
 
 # SSD (Liu et al. 2016, section 2.2): the least overlap with an object; None keeps the whole picture.
 _LEAST_IOU = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -36,11 +40,13 @@ class Scene:
         image: uint8 [H, W, C].
         objects: their boxes in pixels of `image`.
         mask: uint8 [H, W] of class indices, 255 not to be judged; None where there is none.
+        proposals: float32 [P, 4], regions that may hold an object, in pixels of `image`.
     """
 
     image: UInt8Array
     objects: Objects
     mask: UInt8Array | None = None
+    proposals: Float32Array = field(default_factory=NO_REGIONS.copy)
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
@@ -62,11 +68,10 @@ def check_marks(objects: Objects, mask: UInt8Array | None, size_hw: tuple[int, i
 
 def flip(scene: Scene) -> Scene:
     """Mirror left-right."""
-    old, width = scene.objects.boxes_xyxy, np.float32(scene.size_hw[1])
-    mirrored = np.stack([width - old[:, 2], old[:, 1], width - old[:, 0], old[:, 3]], axis=1)
+    mirrored, proposals = (_mirrored(old, scene.size_hw[1]) for old in (scene.objects.boxes_xyxy, scene.proposals))
     mask = None if scene.mask is None else scene.mask[:, ::-1]
     objects = replace(scene.objects, boxes_xyxy=mirrored, regions=(), frame_hw=None)
-    return Scene(scene.image[:, ::-1], objects, mask)
+    return Scene(scene.image[:, ::-1], objects, mask, proposals)
 
 
 def crop(scene: Scene, window: Window, min_visible: float = 0.0) -> Scene:
@@ -77,8 +82,9 @@ def crop(scene: Scene, window: Window, min_visible: float = 0.0) -> Scene:
     left, top, right, bottom = window
     within = overlap((-left, -top), scene.size_hw, (bottom - top, right - left))
     objects = move(scene.objects, (1.0, 1.0), (-left, -top), within, min_visible)
+    proposals = move_regions(scene.proposals, (1.0, 1.0), (-left, -top), within)
     mask = None if scene.mask is None else _cut(scene.mask, window, UNJUDGED)
-    return Scene(_cut(scene.image, window, GREY), objects, mask)
+    return Scene(_cut(scene.image, window, GREY), objects, mask, proposals)
 
 
 def iou_crop(scene: Scene, rng: np.random.Generator, min_visible: float = 0.0) -> Scene:
@@ -113,10 +119,12 @@ def mosaic(
 
     Each is scaled, in its own aspect, to between half of `size_hw` and the whole, and laid with its inner corner at the
     point: top left, top right, bottom left, bottom right; what reaches beyond is cut, what stays free is grey. The
-    result has a mask if all four have one.
+    result has a mask if all four have one. Proposals are not joined: scenes that have some are refused.
     """
     if len(scenes) != 4:
         raise ValueError(f"expected 4 scenes for a mosaic, got {len(scenes)}")
+    if any(len(scene.proposals) for scene in scenes):
+        raise ValueError("expected scenes without proposals for a mosaic, got some with")
     height, width = size_hw
     y, x = round(height * rng.uniform(*_MOSAIC_CENTRE)), round(width * rng.uniform(*_MOSAIC_CENTRE))
     image = np.full((scenes[0].image.shape[2], height, width), GREY, np.uint8)
@@ -160,13 +168,44 @@ def move(
 
     Those that lose half a pixel or more (not to rounding, then) count as truncated.
     """
-    moved = objects.boxes_xyxy.astype(np.float64) * (*scale_xy, *scale_xy) + (*offset_xy, *offset_xy)
-    clipped = np.clip(moved, [within[0], within[1]] * 2, [within[2], within[3]] * 2).astype(np.float32)
-    sides = clipped[:, 2:] - clipped[:, :2]
-    keep = (sides > 0).all(axis=1) & (sides >= min_side).all(axis=1)
-    keep &= boxes.area(clipped) >= min_visible * boxes.area(moved)
+    moved, clipped = _moved(objects.boxes_xyxy, scale_xy, offset_xy, within)
+    keep = _has_sides(clipped, min_side) & (boxes.area(clipped) >= min_visible * boxes.area(moved))
     truncated = objects.truncated | (np.abs(clipped - moved) >= 0.5).any(axis=1)
     return _select(replace(objects, boxes_xyxy=clipped, truncated=truncated), keep)
+
+
+def move_regions(
+    regions_xyxy: Float32Array,
+    scale_xy: tuple[float, float],
+    offset_xy: tuple[float, float],
+    within: tuple[float, float, float, float],
+    min_side: float = 0.0,
+) -> Float32Array:
+    """The same of proposed regions [P, 4]; dropped are those of no area in view, or of less than `min_side` a side."""
+    _, clipped = _moved(regions_xyxy, scale_xy, offset_xy, within)
+    return clipped[_has_sides(clipped, min_side)]
+
+
+def _moved(
+    boxes_xyxy: Float32Array,
+    scale_xy: tuple[float, float],
+    offset_xy: tuple[float, float],
+    within: tuple[float, float, float, float],
+) -> tuple[npt.NDArray[np.float64], Float32Array]:
+    """Boxes after scale and shift, and what is visible of them."""
+    moved = boxes_xyxy.astype(np.float64) * (*scale_xy, *scale_xy) + (*offset_xy, *offset_xy)
+    return moved, np.clip(moved, [within[0], within[1]] * 2, [within[2], within[3]] * 2).astype(np.float32)
+
+
+def _has_sides(boxes_xyxy: Float32Array, min_side: float) -> BoolArray:
+    shorter = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).min(axis=1)
+    enough: BoolArray = (shorter > 0) & (shorter >= min_side)
+    return enough
+
+
+def _mirrored(boxes_xyxy: Float32Array, width: int) -> Float32Array:
+    left, top, right, bottom = boxes_xyxy.T
+    return np.stack([np.float32(width) - right, top, np.float32(width) - left, bottom], axis=1)
 
 
 def _cut(pixels: UInt8Array, window: Window, fill: int) -> UInt8Array:
