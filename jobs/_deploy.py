@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ _FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
 _RAISED = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception)): ", re.MULTILINE)
 
 
-def application(model: str, alias: str | None, registry: str, storage: Path) -> dict[str, Any]:
-    """The configuration of `serve/config.yaml`, for one registered model."""
+def application(names: Sequence[str], alias: str | None, registry: str, storage: Path) -> dict[str, Any]:
+    """The configuration of `serve/config.yaml`, for some registered models."""
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     args = config["applications"][0]["args"]
-    args["models"] = [args["models"][0] | {"name": model, "alias": alias}]
+    args["models"] = [args["models"][0] | {"name": name, "alias": alias} for name in names]
     args |= {"registry": registry, "cache": str(storage / "bundles")}
     return config
 

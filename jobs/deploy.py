@@ -43,7 +43,7 @@ def deploy(job: Deploy) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or stack.mlflow().address
         registry.resolve(uri, f"{job.model}@{job.alias}")  # what is missing is found before Ray starts
         head = stack.ray(num_cpus=job.num_cpus)
-        config = _deploy.application(job.model, job.alias, uri, job.store)
+        config = _deploy.application([job.model], job.alias, uri, job.store)
         endpoint = _deploy.deploy(head, config, port=job.port)
         print(f"endpoint {endpoint}/predict/{job.model}")
         print(f"try      curl --data-binary @IMAGE {endpoint}/predict/{job.model}", flush=True)

@@ -1,7 +1,7 @@
 """Classifiers without their heads, as detectors use them: maps of one or more strides, under the classifiers' names.
 
-The layers are torchvision's and keep their names, so that the weights of a trained classifier load into the part of a
-detector that is called `Detector.backbone`. What lies behind the last map is left out, so that nothing is unused.
+All but `plain` are torchvision's and keep its names, so that the weights of a trained classifier load into the part of
+a detector that is called `Detector.backbone`. What lies behind the last map is left out, so that nothing is unused.
 
 Where a cell of a map lies in the picture depends on padding. AlexNet and SqueezeNet were made to classify and pad
 little: cell 0 of torchvision's AlexNet is centred at pixel 15.5, at a stride of 16. `padded` gives every window half
@@ -12,6 +12,7 @@ windows of 2 (VGG) need nothing: their cells are centred in the squares that the
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from pipeline.models._layers import take_channels
 
 Name = Literal[
-    "alexnet", "vgg16", "squeezenet1_0", "squeezenet1_1", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large"
+    "plain",
+    "alexnet",
+    "vgg16",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "mobilenet_v3_large",
 ]
 
 
@@ -33,7 +42,10 @@ class Tap(NamedTuple):
     stride: int
 
 
+PLAIN = ((16, 2), (32, 2), (64, 2), (64, 1), (128, 2), (128, 1), (128, 2), (128, 1))
+"""Maps and stride of each 3x3 convolution of `plain`: 582,368 parameters, for small pictures and no weights at all."""
 TAPS: dict[Name, tuple[Tap, ...]] = {
+    "plain": (Tap("features.3", 64, 8), Tap("features.5", 128, 16), Tap("features.7", 128, 32)),
     "alexnet": (Tap("features.4", 192, 8), Tap("features.11", 256, 16)),
     "vgg16": (Tap("features.22", 512, 8), Tap("features.29", 512, 16)),
     "squeezenet1_0": (Tap("features.5", 256, 4), Tap("features.10", 512, 8), Tap("features.12", 512, 16)),
@@ -44,7 +56,13 @@ TAPS: dict[Name, tuple[Tap, ...]] = {
     "mobilenet_v3_large": (Tap("features.6", 40, 8), Tap("features.12", 112, 16), Tap("features.16", 960, 32)),
 }
 """Of each network, the last map of each stride from 4 or 8 on."""
-_FIRST = {"resnet18": "conv1", "resnet34": "conv1", "resnet50": "conv1", "mobilenet_v3_large": "features.0.0"}
+_FIRST = {
+    "plain": "features.0.0",
+    "resnet18": "conv1",
+    "resnet34": "conv1",
+    "resnet50": "conv1",
+    "mobilenet_v3_large": "features.0.0",
+}
 
 
 class Backbone(nn.Module):
@@ -91,12 +109,24 @@ def build(name: Name, channels: int = 3, taps: tuple[Tap, ...] | None = None) ->
         channels: of the normalised pictures.
         taps: of `TAPS`, from the finest on; None: the last one only.
     """
-    network = getattr(torchvision.models, name)()
+    network = _plain() if name == "plain" else getattr(torchvision.models, name)()
     take_channels(network, _FIRST.get(name, "features.0"), channels)
     backbone = Backbone(network, taps or TAPS[name][-1:])
     if name in ("alexnet", "squeezenet1_0", "squeezenet1_1"):
         padded(backbone)
     return backbone
+
+
+def normed(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size (over the stride), its normalisation, and SiLU."""
+    convolution = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.SiLU())
+
+
+def _plain() -> nn.Module:
+    inputs = (3, *(maps for maps, _ in PLAIN))
+    layers = (normed(channels, maps, 3, stride) for channels, (maps, stride) in zip(inputs, PLAIN, strict=False))
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers)))
 
 
 def padded(network: nn.Module) -> None:

@@ -30,6 +30,7 @@ from torchvision import ops
 
 from pipeline.batch import Batch, BoxTargets
 from pipeline.models import _backbones
+from pipeline.models._backbones import normed
 from pipeline.models._detector import Candidates, Detector, DetectorConfig
 from pipeline.types import DetectorSpec, Fit
 
@@ -43,7 +44,7 @@ class Config(DetectorConfig):
     """YOLO of several scales.
 
     Attributes:
-        backbone: whose layers come first.
+        backbone: whose layers come first; `plain` is a small one for small pictures, without weights to begin with.
         channels: of the pyramid's maps and of the heads.
         box_weight: of the boxes' loss against that of the classes.
         num_cells: that answer for an object, at most.
@@ -52,9 +53,9 @@ class Config(DetectorConfig):
     """
 
     name: Literal["yolo_multiscale"] = "yolo_multiscale"
-    backbone: Literal["squeezenet1_0", "squeezenet1_1", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large"] = (
-        "resnet18"
-    )
+    backbone: Literal[
+        "plain", "squeezenet1_0", "squeezenet1_1", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large"
+    ] = "resnet18"
     channels: int = Field(default=128, ge=8)
     box_weight: float = Field(default=2.5, gt=0)
     num_cells: int = Field(default=13, ge=1)
@@ -97,11 +98,11 @@ class Network(nn.Module):
         taps = tuple(tap for tap in _backbones.TAPS[config.backbone] if tap.stride in STRIDES)
         width = config.channels
         self.backbone = _backbones.build(config.backbone, len(config.input.mean), taps)
-        self.lateral = nn.ModuleList(_layer(tap.channels, width, 1) for tap in taps)
-        self.coarser = nn.ModuleList(_layer(width, width, 3, 2) for _ in STRIDES[len(taps) :])
-        self.smooth = nn.ModuleList(_layer(width, width, 3) for _ in STRIDES)
-        self.box = nn.ModuleList(nn.Sequential(_layer(width, width, 3), nn.Conv2d(width, 4, 1)) for _ in STRIDES)
-        self.score = nn.ModuleList(_layer(width, width, 3) for _ in STRIDES)
+        self.lateral = nn.ModuleList(normed(tap.channels, width, 1) for tap in taps)
+        self.coarser = nn.ModuleList(normed(width, width, 3, 2) for _ in STRIDES[len(taps) :])
+        self.smooth = nn.ModuleList(normed(width, width, 3) for _ in STRIDES)
+        self.box = nn.ModuleList(nn.Sequential(normed(width, width, 3), nn.Conv2d(width, 4, 1)) for _ in STRIDES)
+        self.score = nn.ModuleList(normed(width, width, 3) for _ in STRIDES)
         self.classes = nn.ModuleList(nn.Conv2d(width, config.num_classes, 1) for _ in STRIDES)
         self._initialise()
 
@@ -195,13 +196,6 @@ class YoloMultiscale(Detector):
 def build(config: Config) -> Detector:
     """A freshly initialised detector."""
     return YoloMultiscale(config)
-
-
-def _layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    """A convolution that keeps the size (over the stride), normalised."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()
-    )
 
 
 def _cells(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

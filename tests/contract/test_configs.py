@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from jobs._run import Job
 from jobs.sweep import Sweep
 from pipeline import config, models
-from pipeline.models._contract import ClassifierConfig
+from pipeline.models._contract import ModelConfig
 from pipeline.training import trials
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -32,9 +32,9 @@ def job_of(path: Path) -> type[Job]:
     return found
 
 
-def models_in(part: BaseModel) -> Iterator[ClassifierConfig]:
+def models_in(part: BaseModel) -> Iterator[ModelConfig]:
     """Every model's configuration inside, at any depth."""
-    if isinstance(part, ClassifierConfig):
+    if isinstance(part, ModelConfig):
         yield part
     for name in type(part).model_fields:
         value = getattr(part, name)
@@ -48,7 +48,7 @@ def test_every_committed_run_is_accepted_and_its_models_build(path: Path) -> Non
     assert "Run: " in path.read_text(), "a YAML opens with its command"
     for model in models_in(job):
         with torch.device("meta"):  # no weights: an AlexNet would take a quarter of a gigabyte
-            assert models.build_classifier(model).network is not None
+            assert models.build(model).network is not None
 
 
 @pytest.mark.parametrize("path", PATHS_OF_SWEEPS, ids=lambda path: path.name)

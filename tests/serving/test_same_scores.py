@@ -154,7 +154,7 @@ def test_same_scores_on_all_four_ways(published: Published, scoring: str, ray_he
     assert of_mlflow["labels"] == names
     np.testing.assert_allclose(of_mlflow["scores"], expected.scores, atol=1e-5, rtol=0)
 
-    endpoint = _deploy.deploy(ray_head, _deploy.application(NAME, "champion", published.uri, tmp_path))
+    endpoint = _deploy.deploy(ray_head, _deploy.application([NAME], "champion", published.uri, tmp_path))
     served = Client(endpoint).predict(NAME, data, top_k=7)
     assert (list(served.class_names), served.version) == (names, "1")
     np.testing.assert_allclose(served.scores, expected.scores, atol=1e-5, rtol=0)
