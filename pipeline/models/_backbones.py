@@ -43,7 +43,7 @@ class Tap(NamedTuple):
 
 
 PLAIN = ((16, 2), (32, 2), (64, 2), (64, 1), (128, 2), (128, 1), (128, 2), (128, 1))
-"""Maps and stride of each 3x3 convolution of `plain`: 582,368 parameters, for small pictures and no weights at all."""
+"""Maps and stride of each 3x3 convolution of `plain`: 577,808 parameters, for small pictures and no weights at all."""
 TAPS: dict[Name, tuple[Tap, ...]] = {
     "plain": (Tap("features.3", 64, 8), Tap("features.5", 128, 16), Tap("features.7", 128, 32)),
     "alexnet": (Tap("features.4", 192, 8), Tap("features.11", 256, 16)),

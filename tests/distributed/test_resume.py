@@ -67,7 +67,7 @@ def train_rank(rank: int, world_size: int, source: str, folder: str, name: str, 
     kills = changes.get("kills", {}).get(rank, -1)
     recipe = validate(Recipe, RECIPE | changes.get("recipe", {}))
     torch.manual_seed(0)
-    model = models.build_classifier(recipe.model)
+    model = models.build(recipe.model)
     ranks = {"rank": rank, "world_size": world_size}
     loader = Listed(shards.load(Path(source)), model.spec, recipe.loading, augment=recipe.augment, last=kills, **ranks)
     told: list[Epoch] = []
@@ -137,3 +137,46 @@ def test_a_run_that_goes_on_with_fewer_processes_repeats_and_skips_no_picture(
     seen = [name for step in outcome(tmp_path, "one")[1]["seen"] for name in step]
     assert (len(before), len(seen)) == (reached, 40 - reached)
     assert len({*before, *seen}) == 40
+
+
+DETECTORS: dict[str, dict[str, Any]] = {
+    "yolo_multiscale": {"backbone": "plain", "channels": 16, "input": {"fit": {"size_hw": [64, 64]}}},
+    "faster_rcnn": {
+        "backbone": "squeezenet1_1",
+        "fc_features": 16,
+        "anchor_sizes": [[16, 32]],
+        "post_nms_train": 50,
+        "post_nms_test": 20,
+        "input": {"fit": {"way": "resize", "short_side": 40, "long_side": 80}},
+    },
+}
+"""The second draws regions, and its pictures have several sizes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_on_two_processes_of_which_one_is_killed_ends_with_the_same_bits(
+    boxed_stripes: shards.Shards, tmp_path: Path, name: str
+) -> None:
+    """Pictures have nought to three boxes, so the ranks have other numbers of targets in every step."""
+    recipe = {
+        "model": {"name": name, "num_classes": 2} | DETECTORS[name],
+        "augment": {"flip": True, "scale": 0.2},
+        "mixing": {},
+        "optim": {"optimizer": "adamw", "lr": 1e-3},
+    }
+    train(2, boxed_stripes, tmp_path, "whole", run="whole", recipe=recipe)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        train(2, boxed_stripes, tmp_path, "killed", run="killed", kills={1: 13}, recipe=recipe)
+    train(2, boxed_stripes, tmp_path, "resumed", run="killed", recipe=recipe)
+    (weights, told), (again, rest) = outcome(tmp_path, "whole"), outcome(tmp_path, "resumed")
+    assert all(torch.equal(value, again[key]) for key, value in weights.items())
+    expected, found = told["metrics"]["2"], rest["metrics"]["2"]
+    assert {key: found[key] for key in expected if key not in BY_CLOCK} == {
+        key: value for key, value in expected.items() if key not in BY_CLOCK
+    }
+    second = torch.load(tmp_path / "resumed-1.pt")
+    assert all(torch.equal(value, second[key]) for key, value in again.items())
+    of_other = json.loads((tmp_path / "resumed-1.json").read_text())["metrics"]["2"]
+    assert of_other["val/coco_map"] == found["val/coco_map"]
+    assert of_other["val/loss"] == found["val/loss"]

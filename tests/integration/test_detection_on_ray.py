@@ -1,0 +1,121 @@
+"""A detector's bundle on Ray: evaluation on any number of tasks, and batch prediction that agrees with it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import imaging, models
+from pipeline.config import parse
+from pipeline.data import shards
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.run import check_truth, evaluate, evaluate_detector
+from pipeline.inference import bulk, bundle, results
+from pipeline.inference.bundle import Bundle
+from pipeline.inference.predictor import Predictor
+from pipeline.types import Detections
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def model(small_scenes: shards.Shards, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A small detector that has learnt nothing, and says so at scores that a threshold can tell apart."""
+    torch.manual_seed(0)
+    keys = {"backbone": "plain", "channels": 16, "num_classes": 10, "input": {"fit": {"size_hw": [64, 64]}}}
+    config = parse(models.config_of("yolo_multiscale"), keys, "here")
+    made = models.build(config)
+    for name, value in made.named_parameters():
+        if "classes" in name and name.endswith("weight"):
+            torch.nn.init.normal_(value, std=0.5)
+    return bundle.save(tmp_path_factory.mktemp("model") / "b", made, config, classes=small_scenes.manifest.classes)
+
+
+def test_evaluation_is_the_same_on_one_and_on_four_tasks(small_scenes: shards.Shards, model: Bundle) -> None:
+    one, four = (evaluate_detector(model, small_scenes, "val", batch_size=1, num_tasks=tasks) for tasks in (1, 4))
+    assert one.num_images == 13
+    assert one.metrics == pytest.approx(four.metrics, abs=1e-12)
+    for mine, other in zip(one.seen, four.seen, strict=True):
+        assert mine.image_id == other.image_id
+        np.testing.assert_array_equal(mine.found.boxes_xyxy, other.found.boxes_xyxy)
+    assert one.sheets.keys() == {"best", "worst"}
+
+
+def test_several_views_and_other_truth_are_refused(
+    small_scenes: shards.Shards, stripes: shards.Shards, model: Bundle
+) -> None:
+    with pytest.raises(ConfigError, match="views: a detector is shown whole pictures only, got 'ten_crop'"):
+        evaluate(model, small_scenes, "val", views="ten_crop")
+    with pytest.raises(DataError, match="classes that are not the 2"):
+        evaluate(model, stripes, "val")
+    with pytest.raises(DataError, match="expected boxes for each image of 'val', but 13 of 13 have none"):
+        check_truth(stripes, "detection", ["val"])
+    with pytest.raises(DataError, match="expected a class for each image of 'val'"):
+        check_truth(small_scenes, "classification", ["val"])
+
+
+def rotated(folder: Path) -> Path:
+    """A scene of 90 x 60 pixels stored on its side, with the orientation that says so."""
+    coarse = np.random.default_rng(5).integers(0, 256, (6, 9, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = io.BytesIO()
+    Image.fromarray(coarse).resize((90, 60), Image.Resampling.BICUBIC).save(encoded, "PNG", exif=exif)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "turned.png").write_bytes(encoded.getvalue())
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_batch_prediction_agrees_with_the_predictor_also_for_a_turned_photo(model: Bundle, tmp_path: Path) -> None:
+    folder = rotated(tmp_path / "photos")
+    kept = bulk.Kept(score_threshold=0.05, pictures=True)
+    output = bulk.predict(model, bulk.from_folder(folder), tmp_path / "out", kept=kept)
+    broken, turned = pq.read_table(bulk.parts_of(output)[0]).to_pylist()
+    assert broken["error"]
+    assert broken["boxes"] is None
+    data = (folder / "turned.png").read_bytes()
+    expected = Predictor(model).predict([data])[0]
+    assert isinstance(expected, Detections)
+    expected = expected.best(0.05)
+    assert len(expected) > 0
+    assert (turned["height"], turned["width"]) == (90, 60)  # upright
+    np.testing.assert_allclose(np.array(turned["boxes"]), expected.boxes_xyxy, atol=1e-3)
+    np.testing.assert_allclose(turned["scores"], expected.scores, atol=1e-5)
+    (picture,) = (output / "pictures").iterdir()
+    assert imaging.probe(picture.read_bytes()) == (90, 60)
+    (lines,) = results.write(bulk.parts_of(output), model.card.classes, output, ["jsonl"])
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert "error" in told[0]
+    assert len(told[1]["detections"]) == len(expected)
+
+
+def test_batch_prediction_of_shards_is_what_evaluation_saw(
+    small_scenes: shards.Shards, model: Bundle, tmp_path: Path
+) -> None:
+    output = bulk.predict(
+        model, bulk.from_shards(small_scenes, "val"), tmp_path / "out", kept=bulk.Kept(score_threshold=0.0)
+    )
+    rows = {row["image_id"]: row for part in bulk.parts_of(output) for row in pq.read_table(part).to_pylist()}
+    report = evaluate_detector(model, small_scenes, "val")
+    for one in report.seen:
+        best = one.found.best(0.02)
+        row = rows[one.image_id]
+        kept = [place for place, score in enumerate(row["scores"]) if score >= 0.02]
+        assert len(best) == len(kept)
+        np.testing.assert_allclose([row["scores"][place] for place in kept], best.scores, atol=1e-4)
+
+
+def test_pictures_of_a_classifier_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = parse(models.config_of("lenet5"), {"num_classes": 2}, "here")
+    made = bundle.save(tmp_path / "b", models.build(config), config, classes=("a", "b"))
+    with pytest.raises(DataError, match="is a classifier, which has no boxes to draw"):
+        bulk.predict(made, bulk.from_folder(rotated(tmp_path / "p")), tmp_path / "out", kept=bulk.Kept(pictures=True))
