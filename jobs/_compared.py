@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,7 +24,6 @@ from pipeline.training import experiment, launch
 from pipeline.types import Split
 
 PARENT_TAG = "mlflow.parentRunId"
-EXPERIMENT = "compare-detectors"
 
 
 class Entry(Strict):
@@ -63,45 +62,79 @@ class Compared:
         return Row(name=name, model=model, metrics=self.metrics, speed=speed, train_s=self.train_s)
 
 
-def entries(
-    job: Job, asked: Sequence[Entry], source: shards.Shards, split: Split, parent: runs.Run
-) -> dict[str, Compared]:
+@dataclass(frozen=True)
+class Place:
+    """Where a comparison works: its job's folders, the dataset and split it judges on, its run and reports."""
+
+    job: Job
+    source: shards.Shards
+    split: Split
+    parent: runs.Run
+    experiment: str
+    reports: Path
+
+
+def trainings(asked: Sequence[Entry], judged_on: Path) -> dict[str, Train]:
+    """The trainings of all entries that name one, checked before anything starts.
+
+    Raises:
+        ConfigError: a YAML is wrong, trains a classifier or on other shards; two entries have one name.
+    """
+    names = [entry.name for entry in asked]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"models: expected each name once, got {', '.join(names)}")
+    found = {entry.name: config.load(Train, entry.train) for entry in asked if entry.train is not None}
+    for name, train in found.items():
+        if train.training.recipe.model.task != "detection":
+            raise ConfigError(f"models: '{name}' trains {train.training.recipe.model.name}, which is no detector")
+        if train.training.shards != judged_on:
+            raise ConfigError(
+                f"models: '{name}' trains on {train.training.shards}, but all are judged on {judged_on}, whose images "
+                "it may have seen; train it on those"
+            )
+    return found
+
+
+def entries(asked: Sequence[Entry], trains: Mapping[str, Train], place: Place) -> dict[str, Compared]:
     """Train or take every detector and evaluate it, on an initialised Ray, each in a child run of the parent.
 
     Raises:
         VentralError: whatever went wrong; what is finished is kept.
     """
-    names = [entry.name for entry in asked]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"models: expected each name once, got {', '.join(names)}")
-    return {entry.name: _entry(job, entry, source, split, parent) for entry in asked}
+    return {entry.name: _entry(entry, trains.get(entry.name), place) for entry in asked}
 
 
-def _entry(job: Job, entry: Entry, source: shards.Shards, split: Split, parent: runs.Run) -> Compared:
+def _entry(entry: Entry, train: Train | None, place: Place) -> Compared:
     print(f"{entry.name}: {entry.train or entry.model}", flush=True)
-    made, train_s = _trained(job, entry, parent) if entry.train else (_taken(job, entry, parent.uri), None)
+    made, train_s = (_taken(entry, place), None) if train is None else _trained(train, place)
     if made.card.task != "detection":
         raise ConfigError(f"models: '{entry.name}' is for {made.card.task}, not a detector; leave it out")
-    tracking = runs.Config(experiment=EXPERIMENT, run_name=f"evaluate-{entry.name}")
-    with runs.start(parent.uri, tracking, params={}, tags={PARENT_TAG: parent.id}) as child:
-        report = evaluate_detector(made, source, split, proposals=entry.proposals)
-        report.record(child, job.store / "compare_detectors" / entry.name / f"report-{split}.json")
+    proposals = entry.proposals or (train.training.recipe.loading.proposals if train else None)
+    tracking = runs.Config(experiment=place.experiment, run_name=f"evaluate-{entry.name}")
+    with runs.start(place.parent.uri, tracking, params={}, tags={PARENT_TAG: place.parent.id}) as child:
+        report = evaluate_detector(made, place.source, place.split, proposals=proposals)
+        report.record(child, place.reports / entry.name / f"report-{place.split}.json")
     return Compared(made, report.metrics, train_s)
 
 
-def _taken(job: Job, entry: Entry, uri: str) -> Bundle:
+def _taken(entry: Entry, place: Place) -> Bundle:
     assert entry.model is not None
-    return bundle_of(entry.model, uri, job.store)
+    return bundle_of(entry.model, place.parent.uri, place.job.store)
 
 
-def _trained(job: Job, entry: Entry, parent: runs.Run) -> tuple[Bundle, float | None]:
-    assert entry.train is not None
-    asked = config.load(Train, entry.train)
-    folder = job.store / "runs" / asked.name
+def _trained(asked: Train, place: Place) -> tuple[Bundle, float | None]:
+    """The bundle, and the seconds of a training that was begun and ended here."""
+    store = place.job.store
+    folder = store / "runs" / asked.name
     begun = launch.where_begun(folder, asked.training.checkpoints) is not None
     training = asked.training.model_copy(update={"resume": begun})
     done = experiment.finished(asked.name, training, folder)
     outcome = done or experiment.conduct(
-        asked.name, training, storage=job.store, uri=parent.uri, roots=(job.data_folder,), tags={PARENT_TAG: parent.id}
+        asked.name,
+        training,
+        storage=store,
+        uri=place.parent.uri,
+        roots=(place.job.data_folder,),
+        tags={PARENT_TAG: place.parent.id},
     )
-    return outcome.bundle, outcome.seconds.get("train")
+    return outcome.bundle, None if begun else outcome.seconds["train"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from jobs._compared import EXPERIMENT, Entry, entries
+from jobs._compared import Entry, Place, entries, trainings
 from jobs._run import Job, ray_session, run, tracking_uri
 from pipeline.benchmark import detector_table, detectors
 from pipeline.config import flatten
@@ -37,20 +37,22 @@ class CompareDetectors(Job):
     speed: detectors.Config = detectors.Config()
     output: Path = Path("compare_detectors")
     num_cpus: int = Field(default=4, ge=1)
-    tracking: runs.Config = runs.Config(experiment=EXPERIMENT)
+    tracking: runs.Config = runs.Config(experiment="compare-detectors")
 
 
 def compare_detectors(job: CompareDetectors) -> None:
     """Train or take, evaluate, measure; all as one parent run."""
     source = shards.load(job.store / job.shards)
     check_truth(source, "detection", [job.split])
+    trains, folder = trainings(job.models, job.shards), job.store / job.output
     tags, say = {"dataset_digest": source.manifest.digest}, partial(print, flush=True)
     with (
         tracking_uri(job.store) as uri,
         runs.start(uri, job.tracking, params=flatten(job), tags=tags) as parent,
     ):
         with ray_session(job.store, job.num_cpus):
-            found = entries(job, job.models, source, job.split, parent)
+            place = Place(job, source, job.split, parent, job.tracking.experiment, folder)
+            found = entries(job.models, trains, place)
         bundles = {name: one.bundle for name, one in found.items()}
         speeds, others = detectors.measure(bundles, source, job.split, job.speed, job.store / "scratch", say)
         rows = [one.row(name, speeds[name]) for name, one in found.items()]
@@ -59,7 +61,6 @@ def compare_detectors(job: CompareDetectors) -> None:
         parent.log_text("detectors.csv", detector_table.as_csv(rows))
         parent.log_text("detectors.txt", text)
         parent.log_figure("detectors.png", detector_table.plot(rows, f"{source.manifest.dataset}, {job.split}"))
-    folder = job.store / job.output
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "detectors.csv").write_text(detector_table.as_csv(rows))
     (folder / "detectors.txt").write_text(text + "\n")

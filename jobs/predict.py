@@ -47,10 +47,9 @@ class Predict(Job):
         """The images, in order."""
         if self.folder is not None:
             return bulk.from_folder(self.data_folder / self.folder)
-        if self.list is not None:
-            return bulk.from_list(self.data_folder / self.list, self.data_folder)
-        assert self.shards is not None
-        return bulk.from_shards(shards.load(self.store / self.shards), self.split)
+        if self.shards is not None:
+            return bulk.from_shards(shards.load(self.store / self.shards), self.split)
+        return bulk.from_list(self.data_folder / str(self.list), self.data_folder)
 
 
 def predict(job: Predict) -> None:
@@ -58,19 +57,18 @@ def predict(job: Predict) -> None:
     inputs = job.inputs()
     with tracking_uri(job.store) as uri:
         bundle = bundle_of(job.model, uri, job.store)
+    results.check(job.forms, bundle.card.task)
     with ray_session(job.store, job.num_workers):
         output = bulk.predict(
             bundle,
             inputs,
             job.store / job.output,
             kept=job.kept,
-            images_per_part=job.images_per_part,
-            num_workers=job.num_workers,
+            **job.model_dump(include={"images_per_part", "num_workers"}),
             progress=progress("images"),
         )
-    print(f"images   {inputs.num_images}\noutput   {output}")
-    for made in results.write(bulk.parts_of(output), bundle.card.classes, output, job.forms):
-        print(f"         {made}")
+    made = results.write(bulk.parts_of(output), bundle.card.classes, output, job.forms)
+    print("\n         ".join([f"images   {inputs.num_images}\noutput   {output}", *map(str, made)]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs import _deploy
 from jobs._road import Road, compare, walk
@@ -27,6 +28,12 @@ class Quickstart(Job):
 
     roads: tuple[Road, ...] = Field(min_length=1)
     keep: bool = False
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> Self:
+        if len({road.name for road in self.roads}) < len(self.roads):
+            raise ValueError(f"roads: expected each name once, got {', '.join(road.name for road in self.roads)}")
+        return self
 
 
 def quickstart(job: Quickstart) -> None:

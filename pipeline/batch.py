@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pipeline.types import Frame, Objects, Sample, UInt8Array
 
+ItemT = TypeVar("ItemT")
 PADDING = 114  # grey, as around a picture in a letterbox
 
 
@@ -59,6 +61,14 @@ class BoxTargets:
         """Those of the images `start` to `stop`."""
         kept = (self.of_image >= start) & (self.of_image < stop)
         return BoxTargets(self.boxes_xyxy[kept], self.labels[kept], self.of_image[kept] - start, stop - start)
+
+    def chosen(self, places: Sequence[int]) -> BoxTargets:
+        """Those of some images, in this order."""
+        found = self.per_image()
+        boxes, labels = ([found[place][part] for place in places] for part in (0, 1))
+        counts = torch.tensor([len(one) for one in labels], dtype=torch.int64)
+        numbers = torch.arange(len(places)).repeat_interleave(counts).to(self.of_image.device)
+        return BoxTargets(torch.cat(boxes), torch.cat(labels), numbers, len(places))
 
     def per_image(self) -> list[tuple[Tensor, Tensor]]:
         """Boxes [n, 4] and labels [n] of each image."""
@@ -137,6 +147,33 @@ class Batch:
             objects=self.objects[start:stop],
             proposals=self.proposals[start:stop],
         )
+
+
+def of_equal_size(batch: Batch) -> list[tuple[list[int], Batch]]:
+    """A batch of detection in parts whose pictures are of one size and need no padding, with their places in it.
+
+    What a network says of a picture depends on the padding around it, and so on its neighbours; of these parts it does
+    not.
+    """
+    sizes = batch.sizes_hw
+    if len(set(sizes)) == 1:
+        return [([*range(len(batch))], batch)]
+    groups = {size: [place for place, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
+    return [(places, _chosen(batch, places, size)) for size, places in groups.items()]
+
+
+def _chosen(batch: Batch, places: Sequence[int], size_hw: tuple[int, int]) -> Batch:
+    def of(column: tuple[ItemT, ...]) -> tuple[ItemT, ...]:
+        return tuple(column[place] for place in places) if column else ()
+
+    return Batch(
+        images=batch.images[list(places), :, : size_hw[0], : size_hw[1]],
+        targets=batch.targets.chosen(places) if isinstance(batch.targets, BoxTargets) else None,
+        frames=of(batch.frames),
+        ids=of(batch.ids),
+        objects=of(batch.objects),
+        proposals=of(batch.proposals),
+    )
 
 
 def to_batch(samples: Sequence[Sample]) -> Batch:

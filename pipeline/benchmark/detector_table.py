@@ -49,7 +49,7 @@ def table(rows: Sequence[Row]) -> str:
     """What a person reads: ours, then the papers'."""
     head = (
         *("detector", "coco_map50", "coco_map", "voc07_map50", "images/s at 1", "images/s at best"),
-        *("proposals ms", "network ms", "post ms", "/ network", "parameters", "memory MiB", "trained s"),
+        *("proposals ms", "network ms", "post ms", "/ network", "found", "parameters", "memory MiB", "trained s"),
     )
     theirs = ("as published (VOC 2007 test)", "voc07_map50", "images/s", "source")
     return "\n".join(
@@ -119,6 +119,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{rates[speed.best_batch]:.2f} ({speed.best_batch})",
         *(f"{value:.1f}" for value in (speed.proposals_ms, speed.network_ms, speed.post_ms)),
         f"{speed.bare_ratio:.3f}",
+        f"{speed.num_detections:.0f}",
         f"{speed.parameters:,}",
         f"{speed.peak_bytes / 2**20:.0f}",
         "" if row.train_s is None else f"{row.train_s:.0f}",

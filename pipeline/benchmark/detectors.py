@@ -12,9 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.batch import Batch, to_batch
 from pipeline.benchmark import rounds
@@ -35,18 +36,24 @@ class Config(Strict):
     """What is measured.
 
     Attributes:
-        batches: images at once.
+        batches: images at once; 1 among them.
         num_images: that every detector answers about in a round, at each batch size.
         num_rounds: blocks of each detector; figures are medians over them.
         threads: of torch; None: all CPUs.
         device: where the networks run.
     """
 
-    batches: tuple[int, ...] = Field(default=(1, 4, 8), min_length=1)
+    batches: tuple[PositiveInt, ...] = (1, 4, 8)
     num_images: int = Field(default=16, ge=1)
     num_rounds: int = Field(default=3, ge=1)
     threads: int | None = Field(default=None, ge=1)
     device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _one_by_one_too(self) -> Self:
+        if 1 not in self.batches:
+            raise ValueError(f"batches: expected 1 among them, which others are compared with, got {self.batches}")
+        return self
 
 
 class Task(Strict):
@@ -72,14 +79,14 @@ class Figures(Strict):
         proposals_ms: selective search for one image; 0 where the network proposes.
         steps: by batch size.
         peak_bytes: of the process, with all that it has imported.
-        num_detections: that it gave of the first image, so that nobody measures a detector that finds nothing.
+        num_detections: that it gave of an image, on average: a detector that finds nothing has little to suppress.
         others_share: of the machine's CPU time, that other processes took.
     """
 
     proposals_ms: float
     steps: dict[int, Step]
     peak_bytes: int
-    num_detections: int
+    num_detections: float
     others_share: float
 
 
@@ -89,6 +96,7 @@ class Speed(Strict):
     Attributes:
         images_per_s: proposals included, by batch size.
         bare_ratio: at a batch of 1, network and post-processing over the network alone.
+        num_detections: of an image, on average.
     """
 
     parameters: int
@@ -98,6 +106,7 @@ class Speed(Strict):
     images_per_s: dict[int, float]
     bare_ratio: float
     peak_bytes: int
+    num_detections: float
 
     @property
     def best_batch(self) -> int:
@@ -166,7 +175,7 @@ def _measured(task: Task) -> Figures:
         proposals_ms=median(proposals_ms) if needs else 0.0,
         steps=steps,
         peak_bytes=peak.num_bytes,
-        num_detections=len(answers[0].labels),
+        num_detections=sum(len(answer.labels) for answer in answers) / len(answers),
         others_share=others_share,
     )
 
@@ -198,6 +207,7 @@ def _concluded(blocks: Sequence[Figures], parameters: int) -> Speed:
         images_per_s={size: 1000 / (proposals_ms + network[size] + post[size]) for size in sizes},
         bare_ratio=1 + post[sizes[0]] / network[sizes[0]],
         peak_bytes=max(figures.peak_bytes for figures in blocks),
+        num_detections=blocks[0].num_detections,
     )
 
 

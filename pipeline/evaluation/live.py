@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.batch import Batch, BoxTargets
+from pipeline.batch import Batch, BoxTargets, of_equal_size
 from pipeline.data.transforms import classify
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.detect import Judged, judge, merge
@@ -97,15 +97,17 @@ def evaluate_detector(
     """Judge what `model`, left in evaluation mode, finds in the annotated batches of this rank.
 
     Args:
-        batches: pictures as evaluation fits them, with the objects in their originals.
-        watch: is shown every batch with what was found.
+        batches: pictures as evaluation fits them, with the objects in their originals; those of one size are looked at
+            together.
+        watch: is shown every such part of a batch with what was found.
         select: what an answer is made of, instead of the model's own.
     """
     model.eval()
     parts = [Found(Judged.empty(num_classes), 0.0)]
-    with torch.inference_mode(), torch.random.fork_rng():
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(devices):
         torch.manual_seed(SEED)
-        for batch in batches:
+        for batch in (part for whole in batches for _, part in of_equal_size(whole)):
             moved = batch.to(device)
             with autocast(precision, device):
                 outputs = model(moved)

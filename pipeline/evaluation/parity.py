@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pipeline.data import shards
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
-from pipeline.errors import ModelError
+from pipeline.errors import ImageError, ModelError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client, Ranked
+from pipeline.inference.predictor import Predictor
+from pipeline.models._detector import MOST_CANDIDATES, Detector
 from pipeline.types import Answer, Classification, Detections, Float32Array, Int64Array, Split
 
 TOLERANCE = 1e-4
@@ -43,7 +44,7 @@ def compare(client: Client, name: str, bundle: Bundle, source: shards.Shards, sp
         if compared == num_images:
             break
         if isinstance(offline, Detections):
-            found = client.detect(name, image, score_threshold=MIN_SCORE / 2)
+            found = client.detect(name, image, score_threshold=MIN_SCORE / 2, max_detections=MOST_CANDIDATES)
             difference = _compare_boxes(image_id, offline, found.detections, classes)
         else:
             difference = _compare_ranks(image_id, offline, client.predict(name, image, min(5, len(classes))), classes)
@@ -86,12 +87,18 @@ def _columns(found: Detections) -> tuple[Float32Array, Int64Array, Float32Array]
 
 
 def _offline(bundle: Bundle, source: shards.Shards, split: Split) -> Iterator[Answer]:
-    """What evaluation computes, image by image, in the order of the rows."""
-    model = bundle.build()
-    loader = Loader(source, model.spec, Loading(batch_size=32, num_tasks=0))
-    with torch.inference_mode():
-        for batch in loader.evaluate(split):
-            yield from model.postprocess(model(batch), batch.frames)
+    """What evaluation computes, image by image, in the order of the rows; regions are proposed as at the endpoint."""
+    predictor = Predictor(bundle)
+    model = predictor.model
+    if isinstance(model, Detector) and model.needs_proposals:
+        for _, image in _images(source, split):
+            (answer,) = predictor.predict([image])
+            assert not isinstance(answer, ImageError)
+            yield answer
+        return
+    loader = Loader(source, model.spec, Loading(batch_size=predictor.batch_size, num_tasks=0))
+    for batch in loader.evaluate(split):
+        yield from predictor.predict_batch(batch)
 
 
 def _images(source: shards.Shards, split: Split) -> Iterator[tuple[str, bytes]]:

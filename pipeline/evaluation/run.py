@@ -7,7 +7,7 @@ of tasks, so that its scores are the same to the last bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
 from pipeline.data.transforms.classify import shown
 from pipeline.errors import ConfigError, DataError, own_cause
-from pipeline.evaluation import figures, mistakes, sightings
+from pipeline.evaluation import figures, localise, mistakes, sightings
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.detection_report import DetectionEvaluation, DetectionReport
 from pipeline.evaluation.live import Found
@@ -116,17 +116,26 @@ def evaluate_detector(
     found = Found.merged(part.found for part in parts)
     seen = sorted((one for part in parts for one in part.seen), key=lambda one: one.image_id)
     report = DetectionReport.of_found(found, split, model.card.classes, _facts(work, started))
+    if all(len(one.objects) <= 1 for one in seen):  # as in ILSVRC's task of classification and localisation
+        counts = sum((localise.Counts.of(one.found, one.objects) for one in seen), localise.Counts())
+        report = report.model_copy(update={"metrics": report.metrics | counts.metrics()})
     pictures = sightings.sheets(seen, source, split, report.metrics["voc_f1_score"])
     return DetectionEvaluation(**dict(report), judged=found.judged, seen=tuple(seen), sheets=pictures)
 
 
-def check_truth(source: shards.Shards, task: Task, splits: Iterable[Split]) -> None:
+def check_truth(source: shards.Shards, task: Task, splits: Sequence[Split]) -> None:
     """Make sure that the images of some splits have what a task is measured by: a class, or boxes.
 
     Raises:
         DataError: there is no such split, or some have it not.
     """
-    (shards.check_labels if task == "classification" else shards.check_objects)(source, splits)
+    if task == "classification":
+        shards.check_labels(source, splits)
+        return
+    shards.check_objects(source, splits)
+    for split in splits:
+        if split != "train" and not sum(source.manifest.object_counts.get(split, (1,))):
+            raise DataError(f"{source.path}: '{split}' holds no object at all, so nothing can be measured on it")
 
 
 def _check(model: bundle.Bundle, source: shards.Shards, split: Split) -> None:

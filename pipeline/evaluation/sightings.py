@@ -107,7 +107,8 @@ def sheets(
     classes = source.manifest.classes
     marked = [Marked.of(one.above(score), len(classes)) for one in sightings]
     ranked = sorted(marked, key=lambda one: (one.num_wrong, -len(one.sighting.objects), one.sighting.image_id))
-    chosen = {"best": ranked[:PER_SHEET], "worst": ranked[::-1][:PER_SHEET]}
+    worst = sorted(ranked, key=lambda one: -one.num_wrong)
+    chosen = {"best": ranked[:PER_SHEET], "worst": worst[:PER_SHEET]}
     found = lookup.images(source, split, {one.sighting.image_id for ones in chosen.values() for one in ones})
     return {
         name: sheet([_tile(one, found, source.manifest) for one in ones], columns=4, tile_px=tile_px)

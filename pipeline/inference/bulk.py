@@ -36,7 +36,7 @@ from pipeline.models._contract import Task
 from pipeline.types import Classification, Detections, Split
 
 PLAN, DONE = "plan.json", "done.json"
-BATCH = 32  # images per forward pass
+MAX_NAME = 180  # characters of a picture's file name; file systems take 255 bytes
 
 OUTPUT: dict[Task, pa.Schema] = {
     "classification": pa.schema(
@@ -201,8 +201,9 @@ class _Worker:
         return part
 
     def _batches(self, start: int, stop: int) -> Iterator[list[tuple[str, bytes | ImageError]]]:
-        for at in range(start, stop, BATCH):
-            yield list(self.inputs.read(at, min(at + BATCH, stop)))
+        size = self.predictor.batch_size
+        for at in range(start, stop, size):
+            yield list(self.inputs.read(at, min(at + size, stop)))
 
     def _predict(self, batch: list[tuple[str, bytes | ImageError]]) -> Iterator[dict[str, Any]]:
         answers = iter(self.predictor.predict([data for _, data in batch if not isinstance(data, ImageError)]))
@@ -243,7 +244,10 @@ class _Worker:
 
 def _file_name(image_id: str) -> str:
     """An image's id, which may be a path, as the name of a file; no two ids share one."""
-    return urllib.parse.quote(image_id, safe="")
+    name = urllib.parse.quote(image_id, safe="")
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{hashlib.sha256(image_id.encode()).hexdigest()[:16]}-{name[-MAX_NAME:]}"
 
 
 def _claim(destination: Path, bundle: Bundle, inputs: Inputs, kept: Kept, images_per_part: int) -> None:

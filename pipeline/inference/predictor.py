@@ -15,15 +15,17 @@ from typing import cast
 import torch
 
 from pipeline import imaging
-from pipeline.batch import Batch, to_batch
+from pipeline.batch import Batch, of_equal_size, to_batch
 from pipeline.data import lookup, regions
 from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
 from pipeline.inference.bundle import Bundle
+from pipeline.models._contract import Task
 from pipeline.models._detector import Detector
 from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample
 
 PROPOSALS = regions.Config()
+BATCH_SIZE: dict[Task, int] = {"classification": 32, "detection": 8}
 
 
 class Predictor:
@@ -65,8 +67,21 @@ class Predictor:
         view = detect.evaluation(data, spec.fit, decoding=self.card.decoding, proposals=found)
         return Sample(image=view.image, frame=view.frame, image_id=image_id, proposals=view.proposals)
 
+    @property
+    def batch_size(self) -> int:
+        """Images that are best answered at once, so that many do not need memory for all their pictures and maps."""
+        return BATCH_SIZE[self.card.task]
+
     def predict_batch(self, batch: Batch) -> list[Answer]:
-        """Rank the classes, or find the objects, of each image of a batch."""
+        """Rank the classes, or find the objects, of each image of a batch; none depends on the others."""
+        if self.card.task == "classification":
+            return self._answers(batch)
+        answers: dict[int, Answer] = {}
+        for places, part in of_equal_size(batch):
+            answers |= zip(places, self._answers(part), strict=True)
+        return [answers[place] for place in range(len(batch))]
+
+    def _answers(self, batch: Batch) -> list[Answer]:
         with torch.inference_mode():
             return cast(list[Answer], self.model.postprocess(self.model(batch.to(self.device)), batch.frames))
 

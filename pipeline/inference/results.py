@@ -1,11 +1,12 @@
 """A detector's batch prediction in the forms that other tools read: JSON lines, COCO's results, Pascal VOC's results.
 
-Made from the Parquet parts that `bulk` has written; boxes are in pixels of the upright originals. No Ray, no torch.
+Made from the Parquet parts that `bulk` has written; boxes are in pixels of the upright originals. No Ray.
 """
 
 from __future__ import annotations
 
 import json
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -13,9 +14,21 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from pipeline import boxes
+from pipeline.errors import ConfigError
+from pipeline.models._contract import Task
 
 Form = Literal["jsonl", "coco", "voc"]
 Row = dict[str, Any]
+
+
+def check(forms: Iterable[Form], task: Task) -> None:
+    """Refuse forms for what no detector has said, before anything is predicted.
+
+    Raises:
+        ConfigError: the model is none.
+    """
+    if task != "detection" and [*forms]:
+        raise ConfigError(f"forms: the model is for {task}, whose answers are Parquet only; leave it out")
 
 
 def write(parts: Sequence[Path], classes: tuple[str, ...], folder: Path, forms: Iterable[Form]) -> list[Path]:
@@ -24,7 +37,7 @@ def write(parts: Sequence[Path], classes: tuple[str, ...], folder: Path, forms: 
     - `jsonl`: `detections.jsonl`, one image a line: image_id, height, width, detections; or image_id and error.
     - `coco`: `coco.json`, a list of results as COCO's tools read them ([x, y, width, height], the category 1 + label),
       and `coco_images.json` with the images' numbers and the categories.
-    - `voc`: `voc/<class>.txt`, a line for each detection: image, score, x_min y_min x_max y_max, counted from 1.
+    - `voc`: `voc/<class>.txt`, a line for each detection: image id, score, x_min y_min x_max y_max, counted from 1.
 
     Returns:
         The files, or folders, that were made.
@@ -73,12 +86,18 @@ def _write_voc(parts: Sequence[Path], classes: tuple[str, ...], folder: Path) ->
         places = boxes.xyxy_to_voc(row["boxes"] or []).tolist()
         for label, score, box in zip(row["labels"] or (), row["scores"] or (), places, strict=True):
             numbers = " ".join(f"{value:.2f}" for value in box)
-            lines[label].append(f"{PurePath(row['image_id']).stem} {score:.6f} {numbers}")
+            lines[label].append(f"{_without_suffix(row['image_id'])} {score:.6f} {numbers}")
     (folder / "voc").mkdir(exist_ok=True)
     for label, found in lines.items():
-        name = classes[label].replace("/", "_")
+        name = urllib.parse.quote(classes[label], safe=" ")
         (folder / "voc" / f"{name}.txt").write_text("".join(f"{line}\n" for line in found))
     return folder / "voc"
+
+
+def _without_suffix(image_id: str) -> str:
+    """The whole id, so that pictures of two folders stay two, without the ending of an image file."""
+    path = PurePath(image_id)
+    return str(path.with_suffix("")) if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"} else image_id
 
 
 _WRITERS: dict[Form, Callable[[Sequence[Path], tuple[str, ...], Path], Path]] = {

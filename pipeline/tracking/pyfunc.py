@@ -22,7 +22,6 @@ from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Answer, Detections
 
-BATCH_SIZE = 32  # images answered at once, so that a long request does not need memory for all its pictures
 TOP_K = 5
 SCORE_THRESHOLD = 0.25
 
@@ -58,9 +57,10 @@ class BundleModel(PythonModel):  # type: ignore[misc]
         images = list(model_input["image"])
         score_threshold = float((params or {}).get("score_threshold", SCORE_THRESHOLD))
         answers: list[Answer] = []
-        for at in range(0, len(images), BATCH_SIZE):
+        size = self.predictor.batch_size
+        for at in range(0, len(images), size):
             with self.lock:
-                found = self.predictor.predict(images[at : at + BATCH_SIZE])
+                found = self.predictor.predict(images[at : at + size])
             answers.extend(_checked(answer, at + row) for row, answer in enumerate(found))
         return [self._told(answer, top_k, score_threshold) for answer in answers]
 

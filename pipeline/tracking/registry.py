@@ -36,6 +36,7 @@ from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.models._contract import Task
+from pipeline.models._detector import Detector
 from pipeline.tracking import connection, journal
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
@@ -62,6 +63,7 @@ REQUIREMENTS = (
     "pyyaml",
     "safetensors",
 )
+PROPOSES = "opencv-contrib-python-headless"  # for a model that judges regions
 _IMAGE = Schema([ColSpec(DataType.binary, "image")])
 _RANKED = [ColSpec(Array(DataType.string), "labels"), ColSpec(Array(DataType.double), "scores")]
 SIGNATURES: dict[Task, ModelSignature] = {
@@ -254,7 +256,7 @@ def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> N
                 code_paths=[str(staging / "pipeline")],
                 artifacts={"bundle": str(staging / "bundle")},
                 signature=SIGNATURES[made.card.task],
-                pip_requirements=_requirements(),
+                pip_requirements=_requirements(made),
                 model_config={"device": "cpu"},
                 mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             )
@@ -277,9 +279,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _requirements() -> list[str]:
+def _requirements(made: Bundle) -> list[str]:
+    model = made.build()
+    proposes = (PROPOSES,) if isinstance(model, Detector) and model.needs_proposals else ()
     # Without a local part such as +cpu, which no index knows.
-    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in REQUIREMENTS]
+    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in (*REQUIREMENTS, *proposes)]
 
 
 def _log_metrics(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline import provenance
 from pipeline.config import Strict, dump, flatten
@@ -60,6 +60,12 @@ class Config(Strict):
     tracking: runs.Config
     register_as: Registration | None = None
     resume: bool = False
+
+    @model_validator(mode="after")
+    def _views_are_a_classifiers(self) -> Self:
+        if self.views != "centre" and self.recipe.model.task != "classification":
+            raise ValueError(f"views: a detector is shown whole pictures only, got '{self.views}'; leave it out")
+        return self
 
     def num_cpus(self) -> int:
         """Logical CPUs that the workers and their decoding tasks take together."""

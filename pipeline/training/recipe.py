@@ -54,7 +54,7 @@ class Recipe(Strict):
         ema: average the weights over the steps; it is the average that is measured and kept.
         watch: the metric that tells the best epoch, stops a run early and lowers the rate on a plateau.
         accumulate: parts in which a batch is trained, for batches that do not fit into memory; gradients add up to
-            those of the whole, only batch normalisation sees the parts.
+            those of the whole, only batch normalisation sees the parts, and a detector divides by what it finds in one.
         precision: of the network under training; `bf16` and `fp16` run it under autocast.
         channels_last: keep images as [B, H, W, C] in memory, which convolutions of many channels like better.
         sync_batch_norm: on GPUs, normalise over the images of all workers.

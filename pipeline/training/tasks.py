@@ -26,6 +26,8 @@ from pipeline.models._detector import Detector
 from pipeline.training.recipe import Recipe
 from pipeline.training.targets import class_weights, weigh
 
+NUM_PROPOSALS = 128  # of an empty picture: more than a detector draws of one
+
 
 class Task(ABC):
     """What is particular to a task.
@@ -123,14 +125,16 @@ class Detection(Task):
         return {name: metrics[name] for name in self.MEASURED}
 
     def blank(self, num_images: int) -> Batch:
-        """Of the largest size that the model is shown, each with one object of class 0 that is proposed."""
+        """Of the largest size that the model is shown, each with one object of class 0, and with proposals of it."""
         spec = self._model.spec
         height, width = spec.largest_hw
+        if spec.fit.way == "resize":  # a lying and an upright picture are padded to a square
+            height = width
         box = torch.tensor([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
         images = torch.full((num_images, spec.num_channels, height, width), 128, dtype=torch.uint8)
         numbers = torch.arange(num_images)
         targets = BoxTargets(box.repeat(num_images, 1), torch.zeros_like(numbers), numbers, num_images)
-        return Batch(images, targets, proposals=(box,) * num_images)
+        return Batch(images, targets, proposals=(box.repeat(NUM_PROPOSALS, 1),) * num_images)
 
 
 def of(model: Model, recipe: Recipe, loader: Loader, device: torch.device | str) -> Task:

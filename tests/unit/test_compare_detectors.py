@@ -66,6 +66,7 @@ def row(name: str, map50: float, images_per_s: dict[int, float], proposals_ms: f
         images_per_s=images_per_s,
         bare_ratio=1.05,
         peak_bytes=2**30,
+        num_detections=37.4,
     )
     metrics = {"coco_map50": map50, "coco_map": 0.5, "voc07_map50": 0.75}
     return Row(name=name, model="yolo", metrics=metrics, speed=speed, train_s=61.4)
@@ -78,7 +79,7 @@ def test_the_table_shows_each_detector_at_its_best_batch_and_the_papers_figures_
     text = detector_table.table(ROWS)
     slow, quick = (line.split() for line in text.splitlines()[1:3])
     assert slow[:6] == ["slow", "0.900", "0.500", "0.750", "0.30", "0.40"]
-    assert slow[6:] == ["(4)", "2500.0", "80.0", "4.0", "1.050", "1,234,567", "1024", "61"]
+    assert slow[6:] == ["(4)", "2500.0", "80.0", "4.0", "1.050", "37", "1,234,567", "1024", "61"]
     assert quick[4:7] == ["12.00", "12.00", "(1)"]
     assert "as published (VOC 2007 test)" in text
     assert "Fast YOLO (07+12): Redmon et al. 2016, Table 1; Titan X" in text

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from pipeline import imaging, models
+from pipeline.config import parse
 from pipeline.data import shards
 from pipeline.data.loading import Config, Loader
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.types import Answer, Classification
+from pipeline.types import Answer, Classification, Detections
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,25 @@ def test_the_predictor_answers_as_offline_evaluation_does(
         for offline, answer in zip(predictor.predict_batch(batch), answers, strict=True):
             np.testing.assert_array_equal(offline.labels, answer.labels)
             np.testing.assert_allclose(offline.scores, answer.scores, atol=1e-6)
+
+
+def test_a_detectors_answer_about_a_picture_does_not_depend_on_what_it_is_asked_beside_it(tmp_path: Path) -> None:
+    """Pictures that keep their aspect are padded to one size in a batch, which a network would see."""
+    torch.manual_seed(0)
+    fit = {"way": "resize", "short_side": 64, "long_side": 96}
+    keys = {"backbone": "plain", "channels": 16, "num_classes": 3, "input": {"fit": fit}}
+    config = parse(models.config_of("yolo_multiscale"), keys, "here")
+    made = models.build(config)
+    for name, value in made.named_parameters():
+        if "classes" in name and name.endswith("weight"):
+            torch.nn.init.normal_(value, std=0.5)
+    asked = Predictor(bundle.save(tmp_path / "b", made, config, classes=tuple("abc")))
+    pictures = [picture(1, 60, 90), picture(2, 90, 60), picture(3, 60, 90), picture(4, 70, 70)]
+    together = asked.predict(pictures)
+    for one, data in zip(together, pictures, strict=True):
+        (alone,) = asked.predict([data])
+        assert isinstance(one, Detections)
+        assert isinstance(alone, Detections)
+        assert len(one) == len(alone) > 0
+        np.testing.assert_allclose(one.boxes_xyxy, alone.boxes_xyxy, atol=1e-2)
+        np.testing.assert_allclose(one.scores, alone.scores, atol=1e-5)

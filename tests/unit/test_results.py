@@ -68,7 +68,7 @@ def test_cocos_own_reader_takes_the_results_beside_the_images(parts: list[Path],
 
 def test_vocs_results_are_lines_for_each_class_counted_from_one(parts: list[Path], tmp_path: Path) -> None:
     (folder,) = results.write(parts, CLASSES, tmp_path / "out", ["voc"])
-    assert (folder / "bee_wasp.txt").read_text() == "a 0.750000 11.00 21.00 30.00 50.00\n"
+    assert (folder / "bee%2Fwasp.txt").read_text() == "train/a 0.750000 11.00 21.00 30.00 50.00\n"
     name, score, *box = (folder / "ant.txt").read_text().split()
-    assert (name, float(score)) == ("a", 0.5)
+    assert (name, float(score)) == ("train/a", 0.5)
     np.testing.assert_allclose([float(value) for value in box], [1, 1, 8.5, 8])
