@@ -42,13 +42,13 @@ def evaluate(job: Evaluate) -> None:
     source = shards.load(job.store / job.shards)
     with tracking_uri(job.store) as uri:
         bundle = bundle_of(job.model, uri, job.store)
+        check_truth(source, bundle.card.task, [job.split])
         with (
             runs.start(
                 uri, job.tracking, params=flatten(job), tags={"dataset_digest": source.manifest.digest}
             ) as tracked,
             ray_session(job.store, job.num_tasks),
         ):
-            check_truth(source, bundle.card.task, [job.split])
             tracked.log_dataset(source.manifest.dataset, source.manifest.digest, source.address, job.split)
             report = measure(
                 bundle, source, job.split, views=job.views, proposals=job.proposals, num_tasks=job.num_tasks

@@ -153,8 +153,10 @@ DETECTORS: dict[str, dict[str, Any]] = {
 """The second draws regions, and its pictures have several sizes."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("yolo_multiscale", marks=pytest.mark.slow), pytest.param("faster_rcnn", marks=pytest.mark.long)],
+)
 def test_a_detector_on_two_processes_of_which_one_is_killed_ends_with_the_same_bits(
     boxed_stripes: shards.Shards, tmp_path: Path, name: str
 ) -> None:

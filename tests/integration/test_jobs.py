@@ -189,15 +189,14 @@ def test_mistake_is_one_clear_sentence_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["jobs.train", DIGITS, "training.shards=boxes"], ["jobs.evaluate", "shards=boxes"]])
 def test_shards_for_detection_are_one_clear_sentence_before_anything_starts(
-    job: Callable[..., Ended], words: list[str], stripes: shards.Shards, tmp_path: Path
+    job: Callable[..., Ended], stripes: shards.Shards, tmp_path: Path
 ) -> None:
     without = stripes.manifest.model_copy(update={"class_counts": {"train": (0, 0), "val": (0, 0)}})
     folder = tmp_path / "storage" / "boxes"
     folder.mkdir(parents=True)
     (folder / shards.MANIFEST).write_text(without.model_dump_json())
-    ended = job(*words, *["model=none/1"] * (words[0] == "jobs.evaluate"))
+    ended = job("jobs.train", DIGITS, "training.shards=boxes")
     assert ended.code == 3, ended.err
     assert re.fullmatch(r"error: .*/boxes: expected a class for each image of '(train|val)', .*\n", ended.err)
     assert list(folder.parent.iterdir()) == [folder]

@@ -72,9 +72,11 @@ def same(first: Detector, second: Detector) -> bool:
 
 
 def test_fit_tells_every_metric_of_detection_and_lowers_the_loss(small_scenes: shards.Shards) -> None:
-    model, epochs = trained(small_scenes, recipe(epochs=4))
+    model, epochs = trained(
+        small_scenes, recipe(epochs=8, optim={"optimizer": "adamw", "lr": 0.003, "clip_norm": 10.0})
+    )
     assert epochs[0].metrics.keys() == {*RUNNING, *(f"val/{name}" for name in Detection.MEASURED)}
-    assert epochs[-1].metrics["train/loss"] < 0.95 * epochs[0].metrics["train/loss"]
+    assert epochs[-1].metrics["train/loss"] < 0.9 * epochs[0].metrics["train/loss"]
     assert epochs[-1].metrics["val/loss"] < epochs[0].metrics["val/loss"]
     assert not model.training
 
