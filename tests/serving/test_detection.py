@@ -26,12 +26,17 @@ from pipeline.inference.client import Client
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Detections
 
+SELECT = {"max_detections": 1000, "iou_threshold": 1.0}
+
 
 @pytest.fixture(scope="module")
 def model(small_scenes: shards.Shards, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small detector that has learnt nothing, and says so at scores that a threshold can tell apart."""
+    """A small detector that has learnt nothing, and says so at scores that a threshold can tell apart.
+
+    It suppresses nothing: of boxes whose scores are all but equal, the last bits would decide which one stays.
+    """
     torch.manual_seed(0)
-    keys = {"backbone": "plain", "channels": 16, "num_classes": 10, "select": {"max_detections": 1000}}
+    keys = {"backbone": "plain", "channels": 16, "num_classes": 10, "select": SELECT}
     keys |= {"input": {"fit": {"size_hw": [64, 64]}}}
     config = parse(models.config_of("yolo_multiscale"), keys, "here")
     made = models.build(config)
@@ -66,13 +71,17 @@ def offline(model: Bundle, data: bytes, score_threshold: float) -> Detections:
 
 
 def test_boxes_of_a_turned_photo_are_those_of_the_predictor_in_upright_pixels(url: str, model: Bundle) -> None:
-    found = Client(url).detect("digits", turned(), score_threshold=0.05)
+    found = Client(url).detect("digits", turned(), score_threshold=0.05, max_detections=1000)
     expected = offline(model, turned(), 0.05)
     assert len(found.detections) == len(expected) > 0
-    np.testing.assert_allclose(found.detections.boxes_xyxy, expected.boxes_xyxy, atol=1e-2)
+    # The order of boxes whose scores are all but equal is that of their last bits.
+    apart = np.abs(found.detections.boxes_xyxy[:, None] - expected.boxes_xyxy[None]).max(axis=2)
+    assert apart.min(axis=0).max() < 1e-2
+    assert apart.min(axis=1).max() < 1e-2
     np.testing.assert_allclose(found.detections.scores, expected.scores, atol=1e-5)
     assert (found.detections.boxes_xyxy <= [80, 120, 80, 120]).all()
-    assert found.class_names == tuple(model.card.classes[label] for label in expected.labels)
+    assert found.class_names == tuple(model.card.classes[label] for label in found.detections.labels)
+    assert sorted(found.detections.labels) == sorted(expected.labels)
 
 
 def test_thresholds_and_numbers_are_those_of_the_request(url: str, model: Bundle) -> None:
@@ -80,7 +89,7 @@ def test_thresholds_and_numbers_are_those_of_the_request(url: str, model: Bundle
     assert len(client.detect("digits", turned(), score_threshold=0.0, max_detections=3).detections) == 3
     assert len(client.detect("digits", turned(), score_threshold=1.0).detections) == 0
     plain = requests.post(f"{url}/predict/digits", data=turned(), timeout=30).json()["predictions"]
-    assert len(plain) == len(offline(model, turned(), 0.25))
+    assert len(plain) == min(100, len(offline(model, turned(), 0.25)))
     assert all(set(row) == {"label", "class_name", "score", "box"} for row in plain)
 
 
