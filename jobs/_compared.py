@@ -23,8 +23,6 @@ from pipeline.tracking import registry, runs
 from pipeline.training import experiment, launch
 from pipeline.types import Split
 
-PARENT_TAG = "mlflow.parentRunId"
-
 
 class Entry(Strict):
     """One detector of the table.
@@ -111,7 +109,7 @@ def _entry(entry: Entry, train: Train | None, place: Place) -> Compared:
         raise ConfigError(f"models: '{entry.name}' is for {made.card.task}, not a detector; leave it out")
     proposals = entry.proposals or (train.training.recipe.loading.proposals if train else None)
     tracking = runs.Config(experiment=place.experiment, run_name=f"evaluate-{entry.name}")
-    with runs.start(place.parent.uri, tracking, params={}, tags={PARENT_TAG: place.parent.id}) as child:
+    with runs.start(place.parent.uri, tracking, params={}, tags={runs.PARENT_TAG: place.parent.id}) as child:
         report = evaluate_detector(made, place.source, place.split, proposals=proposals)
         report.record(child, place.reports / entry.name / f"report-{place.split}.json")
     return Compared(made, report.metrics, train_s)
@@ -135,6 +133,6 @@ def _trained(asked: Train, place: Place) -> tuple[Bundle, float | None]:
         storage=store,
         uri=place.parent.uri,
         roots=(place.job.data_folder,),
-        tags={PARENT_TAG: place.parent.id},
+        tags={runs.PARENT_TAG: place.parent.id},
     )
     return outcome.bundle, None if begun else outcome.seconds["train"]

@@ -14,7 +14,7 @@ from jobs._road import Road, compare, walk
 from jobs._run import Job, connected_to, run, stage
 from jobs._stack import Stack
 from pipeline.data.datasets import records
-from pipeline.evaluation.report import headline
+from pipeline.evaluation.headline import headline
 from pipeline.inference.client import Client
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from jobs._run import Job, ray_session, run, tracking_uri
-from pipeline.evaluation.report import headline
+from pipeline.evaluation.headline import headline
 from pipeline.tracking import registry
 from pipeline.training import experiment, launch
 

@@ -19,7 +19,7 @@ from pipeline.data.transforms import classify
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.detect import Judged, judge, merge
 from pipeline.models._contract import Classifier
-from pipeline.models._detector import Detector, Selection
+from pipeline.models._detector import Detector
 from pipeline.types import Detections, Float32Array, Views
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -92,7 +92,6 @@ def evaluate_detector(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     watch: WatchFound | None = None,
-    select: Selection | None = None,
 ) -> Found:
     """Judge what `model`, left in evaluation mode, finds in the annotated batches of this rank.
 
@@ -100,7 +99,6 @@ def evaluate_detector(
         batches: pictures as evaluation fits them, with the objects in their originals; those of one size are looked at
             together.
         watch: is shown every such part of a batch with what was found.
-        select: what an answer is made of, instead of the model's own.
     """
     model.eval()
     parts = [Found(Judged.empty(num_classes), 0.0)]
@@ -112,7 +110,7 @@ def evaluate_detector(
             with autocast(precision, device):
                 outputs = model(moved)
                 loss = torch.stack(list(model.loss(outputs, boxes_of(moved)).values())).sum()
-            found = model.postprocess(outputs, batch.frames, select)
+            found = model.postprocess(outputs, batch.frames)
             images = zip(found, batch.objects, batch.ids, strict=True)
             judged = merge([judge(*image, num_classes) for image in images])
             parts.append(Found(judged, float(loss) * len(batch)))

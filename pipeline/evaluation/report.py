@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,12 +20,6 @@ if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of 
     from pipeline.tracking.runs import Run
 
 FIGURES = "figures"
-_HEADLINES = {"top1": "top-1", "coco_map50": "coco_map50"}
-
-
-def headline(metrics: Mapping[str, float], prefix: str = "") -> str:
-    """The one figure of a task that people ask for first, with its name."""
-    return next(f"{text} {metrics[prefix + name]:.4f}" for name, text in _HEADLINES.items() if prefix + name in metrics)
 
 
 class PerClass(Strict):

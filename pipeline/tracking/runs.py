@@ -36,6 +36,8 @@ DRAIN_S = 60.0  # for which a job waits at its end for what its journal still ho
 DRAIN_STOPPED_S = 10.0  # the same for one that failed or was stopped, which may have little time
 LATER = "python -m jobs.replay run=%s brings them there, and so does resuming the run"
 
+PARENT_TAG = "mlflow.parentRunId"  # of a child run
+
 
 class Config(Strict):
     """Where a job's run is written down.

@@ -8,7 +8,7 @@ import time
 import psutil
 import torch
 
-from pipeline.evaluation.report import headline
+from pipeline.evaluation.headline import headline
 from pipeline.training.loop import Epoch, Progress
 
 EVERY_S = 10.0

@@ -29,7 +29,6 @@ from pipeline.training.trials import Trial
 POLL_S = 0.5
 STOP_S = 30.0  # for which a trial that is stopped early is waited for
 OF_AN_ACTOR = {"cpu": 0, "memory": 1 << 20}  # it waits for its training; Tune places none that asks for nothing
-PARENT_TAG = "mlflow.parentRunId"
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the figures
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends this job as any other
@@ -99,7 +98,7 @@ class _Training(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
     def setup(self, config: dict[str, Any], place: Place, found: tuple[Trial, ...], parent_id: str) -> None:
         """Start the first training."""
         self._place, self._found = place, found
-        self._tags = {PARENT_TAG: parent_id, "sweep": place.name}
+        self._tags = {runs.PARENT_TAG: parent_id, "sweep": place.name}
         self._begin(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
