@@ -170,7 +170,7 @@ def _measured(task: Task) -> Figures:
     others_share = others.read()
     with peak_memory(lambda: [os.getpid()]) as peak:
         answers = predictor.predict_batch(to_batch(samples[: max(config.batches)]))
-    needs = predictor.model.needs_proposals
+    needs = predictor.card.model.needs_proposals
     return Figures(
         proposals_ms=median(proposals_ms) if needs else 0.0,
         steps=steps,

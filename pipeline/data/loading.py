@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from pipeline.batch import Batch, BoxTargets
 from pipeline.config import Strict
-from pipeline.data import gpu_decoding, order, readers, shards
+from pipeline.data import gpu_decoding, order, readers, regions, shards
 from pipeline.data import proposals as made
 from pipeline.data.order import Sampling
 from pipeline.data.reading import Columns, Reading
@@ -114,6 +114,11 @@ class Loader:
         self._decoder: gpu_decoding.Decoder | None = None
         if config.decode == "gpu" and isinstance(spec, InputSpec) and isinstance(self.augment, classify.Augment):
             self._decoder = gpu_decoding.Decoder(spec, self.augment, source.manifest.decoding, device)
+
+    @property
+    def search(self) -> regions.Config | None:
+        """How the proposals were made that it reads; None: it reads none."""
+        return None if self._proposals is None else self._proposals.made.search
 
     @property
     def steps_per_epoch(self) -> int:

@@ -14,7 +14,7 @@ from pipeline.errors import ImageError, ModelError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client, Ranked
 from pipeline.inference.predictor import Predictor
-from pipeline.models._detector import MOST_CANDIDATES, Detector
+from pipeline.models._detector import MOST_CANDIDATES
 from pipeline.types import Answer, Classification, Detections, Float32Array, Int64Array, Split
 
 TOLERANCE = 1e-4
@@ -90,7 +90,7 @@ def _offline(bundle: Bundle, source: shards.Shards, split: Split) -> Iterator[An
     """What evaluation computes, image by image, in the order of the rows; regions are proposed as at the endpoint."""
     predictor = Predictor(bundle)
     model = predictor.model
-    if isinstance(model, Detector) and model.needs_proposals:
+    if bundle.card.model.needs_proposals:
         for _, image in _images(source, split):
             (answer,) = predictor.predict([image])
             assert not isinstance(answer, ImageError)

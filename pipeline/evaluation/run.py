@@ -31,7 +31,7 @@ from pipeline.evaluation.report import ClassificationReport, Evaluation, evidenc
 from pipeline.evaluation.sightings import Sighting
 from pipeline.inference import bundle
 from pipeline.models._contract import Classifier, Task
-from pipeline.models._detector import Detector
+from pipeline.models._detector import Detector, check_proposals
 from pipeline.tracking.predictions import Origin, Predictions, merge
 from pipeline.types import Detections, Float32Array, Split, Views
 
@@ -109,6 +109,7 @@ def evaluate_detector(
     num_tasks: int = 2,
 ) -> DetectionEvaluation:
     """The same for a detector."""
+    check_proposals(model.card.model, proposals, source.address)
     _check(model, source, split)
     started = time.monotonic()
     work = _Work(model, source, split, batch_size, proposals=proposals)
@@ -238,11 +239,6 @@ def _detect(work: _Work, chunks: range) -> _Detected:
     """As `_classify`."""
     network = work.model.build()
     assert isinstance(network, Detector)
-    if network.needs_proposals and work.proposals is None:
-        raise ConfigError(
-            f"proposals: {work.model.card.model.name} judges regions that it is given; make them with python -m "
-            f"jobs.propose shards={work.source.address} name=... and name them here"
-        )
     loading = Loading(batch_size=work.batch_size, num_tasks=0, proposals=work.proposals)
     seen: list[Sighting] = []
 

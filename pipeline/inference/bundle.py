@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import models
 from pipeline.config import Strict
+from pipeline.data import regions
 from pipeline.errors import BundleError
 from pipeline.imaging import Decoding
 from pipeline.models import Model
@@ -34,6 +35,7 @@ class Card(Strict):
 
     Attributes:
         classes: class names; a label is an index into them.
+        search: how regions are proposed for an image that brings none, to a model that judges given ones.
         metrics: figures by name (`val/top1`, ...), as measured when the bundle was made.
         provenance: where it came from: commit, dataset and its digest, run.
     """
@@ -43,6 +45,7 @@ class Card(Strict):
     model: models.AnyModel
     classes: tuple[str, ...]
     decoding: Decoding = Decoding()
+    search: regions.Config = regions.Config()
     weights_sha256: str
     metrics: dict[str, float] = Field(default={})
     provenance: dict[str, str] = Field(default={})
@@ -85,6 +88,7 @@ def save(
     *,
     classes: tuple[str, ...],
     decoding: Decoding | None = None,
+    search: regions.Config | None = None,
     metrics: dict[str, float] | None = None,
     provenance: dict[str, str] | None = None,
 ) -> Bundle:
@@ -98,6 +102,7 @@ def save(
         model=config,
         classes=classes,
         decoding=decoding or Decoding(),
+        search=search or regions.Config(),
         weights_sha256=sha256_file(partial / WEIGHTS),
         metrics=metrics or {},
         provenance=provenance or {},

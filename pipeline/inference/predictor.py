@@ -3,8 +3,8 @@
 It decodes and transforms exactly as evaluation does (`evaluation` in `transforms.classify` and `transforms.detect`),
 runs the model, and ranks classes or finds objects. One bad image never fails its neighbours: its place holds the error.
 
-A detector that judges given regions gets those of selective search with the settings `PROPOSALS`, which takes a second
-or more for a photo. Evaluation reads what was made with `jobs.propose`, in which other settings may have been chosen.
+A detector that judges given regions gets those of selective search, with the settings of the proposals that it was
+trained with, which takes a second or more for a photo. Evaluation reads what `jobs.propose` has made.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
 from pipeline.inference.bundle import Bundle
 from pipeline.models._contract import Task
-from pipeline.models._detector import Detector
 from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample
 
-PROPOSALS = regions.Config()
 BATCH_SIZE: dict[Task, int] = {"classification": 32, "detection": 8}
 
 
@@ -42,8 +40,7 @@ class Predictor:
         self.device = torch.device(device)
         self.model = bundle.build(device)
         self.classes = bundle.card.classes
-        self._proposes = isinstance(self.model, Detector) and self.model.needs_proposals
-        if self._proposes:
+        if self.card.model.needs_proposals:
             regions.opencv_version()  # now, not at the first image
 
     def decode(self, data: bytes, image_id: str = "") -> Sample:
@@ -56,14 +53,14 @@ class Predictor:
         if isinstance(spec, InputSpec):
             image, frame = classify.evaluation(data, spec, self.card.decoding)
             return Sample(image=image, frame=frame, image_id=image_id)
-        if self._proposes:
+        if self.card.model.needs_proposals:
             return self._with_proposals(data, spec, image_id)
         view = detect.evaluation(data, spec.fit, decoding=self.card.decoding)
         return Sample(image=view.image, frame=view.frame, image_id=image_id)
 
     def _with_proposals(self, data: bytes, spec: DetectorSpec, image_id: str) -> Sample:
         picture = imaging.decode(data, self.card.decoding)  # every pixel; the model may be shown a reduction
-        found = regions.selective_search(lookup.visible(picture), PROPOSALS)
+        found = regions.selective_search(lookup.visible(picture), self.card.search)
         view = detect.evaluation(data, spec.fit, decoding=self.card.decoding, proposals=found)
         return Sample(image=view.image, frame=view.frame, image_id=image_id, proposals=view.proposals)
 
@@ -90,7 +87,7 @@ class Predictor:
         size_hw = self.model.spec.largest_hw
         images = torch.zeros(num_images, self.model.spec.num_channels, *size_hw, dtype=torch.uint8)
         whole = torch.tensor([[0, 0, size_hw[1], size_hw[0]]], dtype=torch.float32)
-        proposals = (whole,) * num_images if self._proposes else ()
+        proposals = (whole,) * num_images if self.card.model.needs_proposals else ()
         self.predict_batch(Batch(images, frames=(Frame(size_hw, size_hw),) * num_images, proposals=proposals))
 
     def predict(self, images: Sequence[bytes]) -> list[Answer | ImageError]:

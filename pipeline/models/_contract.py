@@ -21,6 +21,8 @@ from pipeline.errors import ModelError
 from pipeline.types import Classification, Frame, InputSpec, Spec
 
 Task = Literal["classification", "detection"]
+Stage = Literal["fit", "solve"]
+"""Of a training: `fit` is the training loop, `solve` finds last layers that have a best solution (`training.solve`)."""
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to "L" and JPEG's Y
 
 
@@ -28,9 +30,16 @@ class ModelConfig(Strict):
     """Keys that every model has; each model's `Config` narrows `name` to its file's name and adds its own.
 
     `num_classes` is filled in from the shards when it is left out.
+
+    Attributes:
+        task: what the model is asked.
+        stages: of its training, in this order.
+        needs_proposals: whether it judges regions that a batch brings, `Batch.proposals`.
     """
 
     task: ClassVar[Task]
+    stages: ClassVar[tuple[Stage, ...]] = ("fit",)
+    needs_proposals: ClassVar[bool] = False
 
     name: str
     num_classes: int = Field(default=1000, ge=1)

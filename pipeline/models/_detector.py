@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, BoxTargets
 from pipeline.config import Strict
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models._contract import ModelConfig, Normalize, Task
 from pipeline.types import Detections, DetectorSpec, Frame
 
@@ -73,7 +73,6 @@ class Detector(nn.Module, ABC):
     Attributes:
         heads: paths of the layers whose size follows from the classes: what is new for other classes.
         backbone: the path of the part that a trained classifier's weights fit into, by their names there.
-        needs_proposals: whether it judges regions that a batch brings, `Batch.proposals`.
         spec: what it expects of an image.
         select: what its answer is made of.
         network: normalised float32 [B, C, H, W] -> whatever the model's `forward` makes outputs of.
@@ -81,7 +80,6 @@ class Detector(nn.Module, ABC):
 
     heads: tuple[str, ...] = ()
     backbone: str = "network.backbone"
-    needs_proposals: bool = False
 
     def __init__(self, config: DetectorConfig, network: nn.Module) -> None:
         super().__init__()
@@ -123,6 +121,23 @@ class Detector(nn.Module, ABC):
         """
         chosen = [choose(found, select or self.select) for found in self.candidates(outputs)]
         return [_mapped_back(*found, frame) for found, frame in zip(chosen, frames, strict=True)]
+
+
+def check_proposals(model: ModelConfig, given: str | None, address: str) -> None:
+    """Make sure that a model which judges given regions is given some.
+
+    Args:
+        given: their name, or None.
+        address: of the dataset.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if model.needs_proposals and given is None:
+        raise ConfigError(
+            f"proposals: {model.name} judges regions that it is given; make them with python -m jobs.propose "
+            f"shards={address} name=..., and name them (in a recipe as loading.proposals)"
+        )
 
 
 def choose(found: Candidates, select: Selection) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ with VGG16; the last 68.1 without difficult objects in training, and 70.0 of the
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -54,6 +54,8 @@ class Config(RegionConfig):
         input: the picture's short side 600 pixels, or its long side 1000 (section 5.2).
         select: as in the paper, suppression from an overlap of 0.3 on.
     """
+
+    needs_proposals: ClassVar[bool] = True
 
     name: Literal["fast_rcnn"] = "fast_rcnn"
     backbone: _regions.SingleMap = "vgg16"
@@ -100,7 +102,6 @@ class FastRCNN(RegionDetector):
     """Fast R-CNN."""
 
     BETA = 1.0
-    needs_proposals = True
 
     def forward(self, batch: Batch) -> Outputs:
         """What the head says of the proposed regions, and of some that are drawn where the targets are boxes.

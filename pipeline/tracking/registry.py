@@ -36,7 +36,6 @@ from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.models._contract import Task
-from pipeline.models._detector import Detector
 from pipeline.tracking import connection, journal
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
@@ -280,8 +279,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _requirements(made: Bundle) -> list[str]:
-    model = made.build()
-    proposes = (PROPOSES,) if isinstance(model, Detector) and model.needs_proposals else ()
+    proposes = (PROPOSES,) if made.card.model.needs_proposals else ()
     # Without a local part such as +cpu, which no index knows.
     return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in (*REQUIREMENTS, *proposes)]
 

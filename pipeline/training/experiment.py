@@ -22,6 +22,7 @@ from pipeline.evaluation.detection_report import DetectionReport
 from pipeline.evaluation.report import ClassificationReport, Report
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
+from pipeline.models._detector import check_proposals
 from pipeline.tracking import connection, registry, runs
 from pipeline.training import checkpoint, launch, start
 from pipeline.training.recipe import Recipe
@@ -91,10 +92,12 @@ def source_of(config: Config, storage: Path) -> shards.Shards:
 
     Raises:
         DataError: there is none, it is another kind of dataset, or it has no proposals of the name that the recipe has.
+        ConfigError: the recipe names none, and its model needs them.
     """
     source = shards.load(storage / config.shards)
     splits: tuple[Split, ...] = ("train", "val", *config.evaluate)
     evaluation.check_truth(source, config.recipe.model.task, splits)
+    check_proposals(config.recipe.model, config.recipe.loading.proposals, source.address)
     if config.recipe.loading.proposals is not None:
         loading.check_proposals(proposals.read(source, config.recipe.loading.proposals), splits)
     return source

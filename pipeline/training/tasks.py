@@ -17,12 +17,11 @@ from torch import Tensor
 from pipeline.batch import Batch, BoxTargets
 from pipeline.data.loading import Loader
 from pipeline.data.transforms import classify, mixing
-from pipeline.errors import ConfigError
 from pipeline.evaluation import live
 from pipeline.evaluation.classify import Counts
 from pipeline.models import Model
 from pipeline.models._contract import Classifier
-from pipeline.models._detector import Detector
+from pipeline.models._detector import Detector, check_proposals
 from pipeline.training.recipe import Recipe
 from pipeline.training.targets import class_weights, weigh
 
@@ -103,11 +102,7 @@ class Detection(Task):
     def __init__(self, model: Detector, recipe: Recipe, loader: Loader) -> None:
         self._model, self._recipe = model, recipe
         self._num_classes = len(loader.source.manifest.classes)
-        if model.needs_proposals and recipe.loading.proposals is None:
-            raise ConfigError(
-                f"loading.proposals: {recipe.model.name} judges regions that it is given; make them with python -m "
-                f"jobs.propose shards={loader.source.address} name=... and name them here"
-            )
+        check_proposals(recipe.model, recipe.loading.proposals, loader.source.address)
 
     def mixed(self, batch: Batch) -> Batch:
         """As it is."""

@@ -95,6 +95,7 @@ def work(config: dict[str, Assignment]) -> DivergedError | None:
             assignment.model,
             classes=source.manifest.classes,
             decoding=source.manifest.decoding,
+            search=loader.search,
             metrics=metrics,
             provenance=assignment.provenance | {"dataset_digest": source.manifest.digest},
         )

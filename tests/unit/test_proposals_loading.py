@@ -25,7 +25,6 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.models import fast_rcnn
-from pipeline.models._detector import Detector
 from pipeline.training import tasks
 from pipeline.training.recipe import Recipe
 from pipeline.types import (
@@ -271,7 +270,7 @@ def test_fast_rcnn_learns_from_the_proposals_that_the_recipe_names(source: shard
     losses = task.losses(model(batch), batch)
     assert losses["classifier"].item() > 0
     assert losses["box_reg"].item() > 0
-    with pytest.raises(ConfigError, match=r"loading\.proposals: fast_rcnn judges regions .* jobs\.propose"):
+    with pytest.raises(ConfigError, match=r"proposals: fast_rcnn judges regions .* loading\.proposals"):
         tasks.of(model, recipe(), loader, "cpu")
 
 
@@ -324,8 +323,7 @@ def test_predictor_finds_the_regions_of_a_picture_itself(predictor: Predictor) -
 
 
 def test_predictor_with_proposals_warms_up_and_answers_beside_a_bad_image(predictor: Predictor) -> None:
-    assert isinstance(predictor.model, Detector)
-    assert predictor.model.needs_proposals
+    assert predictor.card.model.needs_proposals
     predictor.warm_up(2)
     bad, good = predictor.predict([b"text", imaging.encode_png(picture())])
     assert isinstance(good, Detections)
