@@ -45,6 +45,11 @@ class ModelConfig(Strict):
     num_classes: int = Field(default=1000, ge=1)
     input: Spec = InputSpec(size_hw=(224, 224), resize_short=256)
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether it is a model's after the stage `solve`."""
+        return False
+
     def fill(self, **defaults: object) -> None:
         """Give each field that was left out, or is None, a default that another field decides.
 

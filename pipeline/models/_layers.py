@@ -29,6 +29,12 @@ def pooling(kind: Pooling, size: int, stride: int) -> nn.Module:
     return nn.MaxPool2d(size, stride) if kind == "max" else nn.AvgPool2d(size, stride)
 
 
+def full_layers(inputs: int, width: int, dropout: float) -> nn.Sequential:
+    """The two hidden full layers of AlexNet, [B, inputs] -> [B, width], each behind its dropout."""
+    sides = ((inputs, width), (width, width))
+    return nn.Sequential(*(layer for side in sides for layer in (nn.Dropout(dropout), nn.Linear(*side), nn.ReLU())))
+
+
 class ScaledTanh(nn.Module):
     """`1.7159 tanh(2x/3)`, so that f(1) = 1 and f(-1) = -1, where its curvature is largest (LeCun 1998, appendix A)."""
 

@@ -4,12 +4,12 @@ What Fast and Faster R-CNN share, around torchvision's `RoIHeads`, whose parts a
 from is each model's own. `GeneralizedRCNNTransform` is left out (transforms, `to_batch` and `Frame` do that), and so is
 the end of `RoIHeads.forward`: thresholds and suppression are the same for every detector (`_detector.choose`).
 
-Where a cell lies. Cell i of a map of stride 16 is centred `ORIGINS + 16 i` pixels from the picture's edge: in the
-padded AlexNet and SqueezeNet (`_backbones`) on the centre of pixel 16 i, in VGG amid the square that it stands for.
-Neither form of torchvision's RoIAlign knows that: `aligned=False` takes it for 16 i, half a pixel beside in the former
-and eight in the latter, `aligned=True` for 8 + 16 i, right for VGG and 7.5 pixels beside in the others. `RegionPool`
-moves the regions by the difference, so both are exact. Maps of torchvision's pyramids are pooled by its own
-`MultiScaleRoIAlign`, half a pixel beside: their weights were trained with it.
+Where a cell lies. Cell i of a map of stride s is centred `origin + s i` pixels from the picture's edge: in the padded
+AlexNet and SqueezeNet (`_backbones`) on the centre of pixel s i, in VGG amid the square that it stands for. Neither
+form of torchvision's RoIAlign knows that: `aligned=False` takes it for s i, half a pixel beside in the former and s / 2
+in the latter, `aligned=True` for s / 2 + s i, right for VGG and at a stride of 16 7.5 pixels beside in the others.
+`RegionPool` moves the regions by the difference, so both are exact. Maps of torchvision's pyramids are pooled by its
+own `MultiScaleRoIAlign`, half a pixel beside: their weights were trained with it.
 
 Inside, class 0 is the background and the objects' classes follow from 1; outside there is no background.
 """
@@ -33,14 +33,14 @@ from pipeline.models import _backbones
 from pipeline.models._detector import Candidates, Detector, DetectorConfig
 
 SingleMap = Literal["alexnet", "vgg16", "squeezenet1_0", "squeezenet1_1"]
-"""Backbones of which the last map is used, that of stride 16."""
+"""Backbones of which one map is used."""
+Stride = Literal[8, 16]
 Kind = Literal["align", "max"]
 
-STRIDE = 16
-ORIGINS: dict[SingleMap, float] = {"alexnet": 0.5, "vgg16": 8.0, "squeezenet1_0": 0.5, "squeezenet1_1": 0.5}
-"""Pixels from the picture's edge to the centre of the first cell."""
 MIN_SIDE = 1.0
 """Pixels: an object that is narrower or lower in the input is not learnt from, it gives no finite target."""
+WITHOUT_TARGETS = "expected outputs of a batch whose targets are boxes, got those of one without; give it targets"
+IN_TRAINING = "expected outputs of a model in evaluation mode; call model.eval() before it answers"
 MIN_ANSWER = 0.01
 """Pixels a side that an answer has at least, as in torchvision."""
 
@@ -49,6 +49,8 @@ class RegionConfig(DetectorConfig):
     """Keys of the second stage.
 
     Attributes:
+        stride: of the map that regions are pooled from, in pixels: 16 as in the papers, the backbone's last; 8, the one
+            before it, is for small objects.
         fc_features: width of the two hidden full layers.
         pool_size: cells a side that a region is pooled to.
         rois_per_image: regions of an image that are drawn to learn from, at most.
@@ -56,6 +58,7 @@ class RegionConfig(DetectorConfig):
         foreground_iou: from this overlap with an object on, a region has its class.
     """
 
+    stride: Stride = 16
     fc_features: int = Field(default=1024, ge=1)
     pool_size: int = Field(default=7, ge=1)
     rois_per_image: int = Field(default=128, ge=1)
@@ -172,9 +175,7 @@ class RegionDetector(Detector):
             ModelError: there were no targets.
         """
         if outputs.lesson is None:
-            raise ModelError(
-                "expected outputs of a batch whose targets are boxes, got those of one without; give it targets"
-            )
+            raise ModelError(WITHOUT_TARGETS)
         (_, logits, deltas), labels, wanted = outputs.lesson
         found = labels.nonzero()[:, 0]
         box_reg = smooth_l1(deltas[found, labels[found]], wanted[found], len(labels), self.BETA)
@@ -189,13 +190,13 @@ class RegionDetector(Detector):
             ModelError: the model was in training.
         """
         if outputs.regions is None:
-            raise ModelError("expected outputs of a model in evaluation mode; call model.eval() before it answers")
+            raise ModelError(IN_TRAINING)
         boxes, logits, deltas = outputs.regions
         moved = self.roi_heads.box_coder.decode(deltas.flatten(1), [*boxes]).reshape(deltas.shape)[:, 1:]
         counts = [len(one) for one in boxes]
         scores = logits.softmax(dim=1)[:, 1:]
         images = zip(torch.split(moved, counts), torch.split(scores, counts), outputs.sizes_hw, strict=True)
-        return [_inside(*image) for image in images]
+        return [inside(*image) for image in images]
 
     def _read(self, maps: dict[str, Tensor], padded_hw: tuple[int, int], boxes: Sequence[Tensor]) -> Regions:
         heads = self.roi_heads
@@ -206,20 +207,21 @@ class RegionDetector(Detector):
 
 
 class RegionPool(nn.Module):
-    """Cells of one map of stride 16, pooled for each region: RoIAlign, or the RoI pooling of Girshick 2015, 2.1.
+    """Cells of one map, pooled for each region: RoIAlign, or the RoI pooling of Girshick 2015, 2.1.
 
     RoI pooling rounds to whole cells: from the one nearest to the region's first pixel to that of its last. Girshick's
-    code takes cell i to lie on pixel 16 i in every network, which in VGG is half a cell beside.
+    code takes cell i to lie on pixel s i in every network, which in VGG is half a cell beside.
 
     Args:
         kind: `align` (four samples for each pooled cell) or `max`.
         size: pooled cells a side.
-        origin: of `ORIGINS`.
+        origin: where the first cell lies, see `origin`.
+        stride: of the map.
     """
 
-    def __init__(self, kind: Kind, size: int, origin: float) -> None:
+    def __init__(self, kind: Kind, size: int, origin: float, stride: int = 16) -> None:
         super().__init__()
-        self.kind, self.size, self.origin = kind, size, origin
+        self.kind, self.size, self.origin, self.stride = kind, size, origin, stride
 
     def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes_hw: Any = None) -> Tensor:
         """Return float32 [R, channels, size, size] of the only map and boxes [r, 4] of each image."""
@@ -227,16 +229,23 @@ class RegionPool(nn.Module):
         pooled: Tensor
         if self.kind == "max":
             pixels = features.new_tensor([0.5, 0.5, -0.5, -0.5]) - self.origin
-            pooled = ops.roi_pool(features, [box + pixels for box in boxes], self.size, 1 / STRIDE)
+            pooled = ops.roi_pool(features, [box + pixels for box in boxes], self.size, 1 / self.stride)
         else:
-            shift = STRIDE / 2 - self.origin
-            pooled = ops.roi_align(features, [box + shift for box in boxes], self.size, 1 / STRIDE, 2, aligned=True)
+            shift = self.stride / 2 - self.origin
+            moved = [box + shift for box in boxes]
+            pooled = ops.roi_align(features, moved, self.size, 1 / self.stride, 2, aligned=True)
         return pooled
 
 
-def single_map(name: SingleMap, channels: int) -> tuple[nn.Module, int]:
-    """A backbone and the channels of its last map; it takes normalised pictures of `channels`."""
-    return _backbones.build(name, channels), _backbones.TAPS[name][-1].channels
+def origin(name: SingleMap, stride: int) -> float:
+    """Pixels from the picture's edge to the centre of the first cell."""
+    return stride / 2 if name == "vgg16" else 0.5
+
+
+def single_map(name: SingleMap, channels: int, stride: Stride = 16) -> tuple[nn.Module, int]:
+    """A backbone up to its map of a stride, and that map's channels; it takes normalised pictures of `channels`."""
+    (tap,) = (tap for tap in _backbones.TAPS[name] if tap.stride == stride)
+    return _backbones.build(name, channels, (tap,)), tap.channels
 
 
 def build_heads(
@@ -284,16 +293,30 @@ def objects_of(batch: Batch) -> list[dict[str, Tensor]] | None:
     return [_visible(*image, size_hw) for image, size_hw in images]
 
 
-def smooth_l1(given: Tensor, wanted: Tensor, count: int, beta: float) -> Tensor:
-    """The sum over boxes [P, 4], divided by `count` things of which they are some; 0 where there is none."""
-    return F.smooth_l1_loss(given, wanted, reduction="sum", beta=beta) / max(count, 1)
+def check_proposals(batch: Batch, name: str) -> None:
+    """Make sure that a batch brings regions for each image, to a model of this name.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if len(batch.proposals) != len(batch):
+        raise ModelError(
+            f"{name} judges regions that it is given: expected proposals for {len(batch)} images, got those of "
+            f"{len(batch.proposals)}; make them with the proposals job, or take faster_rcnn, which proposes itself"
+        )
 
 
-def _inside(boxes: Tensor, scores: Tensor, size_hw: tuple[int, int]) -> Candidates:
+def inside(boxes: Tensor, scores: Tensor, size_hw: tuple[int, int]) -> Candidates:
+    """Boxes [N, 4] or [N, C, 4] cut off at the picture's edge; scores [N, C] are 0 where nothing is left of the box."""
     boxes = ops.clip_boxes_to_image(boxes, size_hw)
     # Nothing suppresses boxes without area: they would take the places of others among the best.
     gone = (boxes[..., 2:] - boxes[..., :2] < MIN_ANSWER).any(dim=-1)
-    return Candidates(boxes, scores.masked_fill(gone, 0))
+    return Candidates(boxes, scores.masked_fill(gone if gone.ndim == 2 else gone[:, None], 0))
+
+
+def smooth_l1(given: Tensor, wanted: Tensor, count: int, beta: float) -> Tensor:
+    """The sum over boxes [P, 4], divided by `count` things of which they are some; 0 where there is none."""
+    return F.smooth_l1_loss(given, wanted, reduction="sum", beta=beta) / max(count, 1)
 
 
 def _visible(boxes: Tensor, labels: Tensor, size_hw: tuple[int, int]) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ from pipeline.batch import Batch, BoxTargets
 from pipeline.errors import ModelError
 from pipeline.models import _backbones
 from pipeline.models._detector import Candidates, Detector, DetectorConfig, Selection
+from pipeline.models._layers import full_layers
 from pipeline.types import DetectorSpec, Fit
 
 POOLED = 6  # cells along each side that the full layers see
@@ -122,14 +123,7 @@ class Network(nn.Module):
         width = config.fc_features
         self.backbone = _backbones.build("alexnet", len(config.input.mean))
         self.pool = nn.AdaptiveAvgPool2d(POOLED)
-        self.full = nn.Sequential(
-            nn.Dropout(config.dropout),
-            nn.Linear(self.backbone.taps[-1].channels * POOLED**2, width),
-            nn.ReLU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(width, width),
-            nn.ReLU(),
-        )
+        self.full = full_layers(self.backbone.taps[-1].channels * POOLED**2, width, config.dropout)
         self.classes = nn.Linear(width, config.num_classes)
         self.boxes = nn.Linear(width, config.num_boxes * 4)
         nn.init.normal_(self.boxes.weight, std=0.01)

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from pipeline.batch import Batch
-from pipeline.errors import ModelError
 from pipeline.models import _regions
 from pipeline.models._detector import Selection
 from pipeline.models._regions import Outputs, RegionConfig, RegionDetector
@@ -47,7 +46,7 @@ class Config(RegionConfig):
     """Fast R-CNN.
 
     Attributes:
-        backbone: a classifier's layers up to its last map of stride 16.
+        backbone: a classifier's layers up to its map of `stride`.
         region_pooling: `max`: RoI pooling, to whole cells; `align`: RoIAlign.
         background_iou: a region is background if its overlap with objects is from here up to `foreground_iou`.
         rois_per_image: regions of an image that are drawn to learn from, at most.
@@ -83,7 +82,7 @@ class Network(nn.Module):
         self.roi_heads = roi_heads
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The map that regions are pooled from, [B, channels, H / 16, W / 16] of normalised [B, C, H, W]."""
+        """The map that regions are pooled from, [B, channels, H / stride, W / stride] of normalised [B, C, H, W]."""
         return _regions.maps_of(self.backbone(images))
 
 
@@ -103,18 +102,18 @@ class FastRCNN(RegionDetector):
 
     BETA = 1.0
 
+    def __init__(self, config: Config, network: Network) -> None:
+        super().__init__(config, network)
+        self.stride = config.stride
+
     def forward(self, batch: Batch) -> Outputs:
         """What the head says of the proposed regions, and of some that are drawn where the targets are boxes.
 
         Raises:
             ModelError: the batch brings no proposals, or images have other channels than specified.
         """
-        if len(batch.proposals) != len(batch):
-            raise ModelError(
-                f"fast_rcnn judges regions that it is given: expected proposals for {len(batch)} images, got those of "
-                f"{len(batch.proposals)}; make them with the proposals job, or take faster_rcnn, which proposes itself"
-            )
-        images = self.normalized(batch, _regions.STRIDE)
+        _regions.check_proposals(batch, "fast_rcnn")
+        images = self.normalized(batch, self.stride)
         maps = {name: one.float() for name, one in self.network(images).items()}
         padded_hw = images.shape[2], images.shape[3]
         return self.judged(maps, padded_hw, batch.proposals, _regions.objects_of(batch), batch.sizes_hw)
@@ -122,8 +121,9 @@ class FastRCNN(RegionDetector):
 
 def build(config: Config) -> FastRCNN:
     """A freshly initialised Fast R-CNN."""
-    backbone, channels = _regions.single_map(config.backbone, len(config.input.mean))
-    pool = _regions.RegionPool(config.region_pooling, config.pool_size, _regions.ORIGINS[config.backbone])
+    backbone, channels = _regions.single_map(config.backbone, len(config.input.mean), config.stride)
+    origin = _regions.origin(config.backbone, config.stride)
+    pool = _regions.RegionPool(config.region_pooling, config.pool_size, origin, config.stride)
     heads = _regions.build_heads(config, channels, pool, config.background_iou, NearMisses)
     return FastRCNN(config, Network(backbone, heads))
 

@@ -85,7 +85,7 @@ class Config(RegionConfig):
     """Faster R-CNN. Defaults are the paper's; in parentheses torchvision's, which the two pyramids have.
 
     Attributes:
-        backbone: a classifier's layers up to its last map of stride 16, or a pyramid of maps.
+        backbone: a classifier's layers up to its map of `stride`, or a pyramid of maps.
         anchor_sizes: for each map, square roots of the anchors' areas in pixels (32 to 512, see `PYRAMID_DEFAULTS`).
         anchor_ratios: height by width.
         anchors_per_image: drawn to learn from, half of them objects at most.
@@ -115,6 +115,8 @@ class Config(RegionConfig):
     def _resolve(self) -> Self:
         if self.backbone in PYRAMID_DEFAULTS:
             self.fill(**SHARED_DEFAULTS, **PYRAMID_DEFAULTS[self.backbone])
+            if "stride" in self.model_fields_set:
+                raise ValueError(f"stride: backbone '{self.backbone}' has maps of several; leave it out")
         num_maps, counts = NUM_MAPS.get(self.backbone, 1), [len(sizes) for sizes in self.anchor_sizes]
         if len(counts) != num_maps or min(counts) < 1 or len({*counts}) > 1:
             raise ValueError(
@@ -148,8 +150,8 @@ class FasterRCNN(RegionDetector):
     def __init__(self, config: Config, network: Network) -> None:
         super().__init__(config, network)
         pyramid = config.backbone in NUM_MAPS
-        self.multiple = PYRAMID_MULTIPLE if pyramid else _regions.STRIDE
-        self.origin = 0.0 if pyramid else _regions.ORIGINS[cast(_regions.SingleMap, config.backbone)]
+        self.multiple = PYRAMID_MULTIPLE if pyramid else config.stride
+        self.origin = 0.0 if pyramid else _regions.origin(cast(_regions.SingleMap, config.backbone), config.stride)
         if pyramid:
             self.backbone = "network.backbone.body"
 
@@ -223,8 +225,9 @@ def _first_stage(config: Config) -> tuple[nn.Module, int, nn.Module]:
         pyramid = _pyramid(cast(Pyramid, config.backbone), colours)
         return pyramid, pyramid.out_channels, MultiScaleRoIAlign(["0", "1", "2", "3"], config.pool_size, SAMPLES)
     name = cast(_regions.SingleMap, config.backbone)
-    backbone, channels = _regions.single_map(name, colours)
-    return backbone, channels, _regions.RegionPool("align", config.pool_size, _regions.ORIGINS[name])
+    backbone, channels = _regions.single_map(name, colours, config.stride)
+    origin = _regions.origin(name, config.stride)
+    return backbone, channels, _regions.RegionPool("align", config.pool_size, origin, config.stride)
 
 
 def _pyramid(name: Pyramid, colours: int) -> Any:

@@ -1,4 +1,4 @@
-"""A whole training run: train, evaluate, register, and write it all down in MLflow as it ends, well or badly."""
+"""A whole training run: fit, solve if the model has that stage, evaluate, register; all in MLflow, however it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from pipeline.models._detector import check_proposals
 from pipeline.tracking import connection, registry, runs
-from pipeline.training import checkpoint, launch, start
+from pipeline.training import checkpoint, launch, solve, start
 from pipeline.training.recipe import Recipe
 from pipeline.training.record import Record
 from pipeline.types import Split, Views
@@ -174,6 +174,9 @@ def conduct(
                 is_tracked=True,
                 system_metrics=tracking.system_metrics,
             )
+        if "solve" in config.recipe.model.stages:
+            with _timed(seconds, "solve"):
+                made = _solve(made, source, config, folder, run)
         with _timed(seconds, "evaluate"):
             reports = {split: _evaluate(made, source, split, config, folder, run) for split in config.evaluate}
         with _timed(seconds, "register"):
@@ -217,6 +220,20 @@ def prepare(recipe: Recipe, source: shards.Shards, folder: Path, roots: Sequence
     weights = start.find(recipe.start, roots, registered)
     model, classes = launch.fitted(recipe.model, source), source.manifest.classes
     start.prepare(folder / start.INITIAL, model, weights, recipe.start, recipe.seed, classes)
+
+
+def _solve(made: Bundle, source: shards.Shards, config: Config, folder: Path, run: runs.Run) -> Bundle:
+    finished, told = solve.solve(
+        folder,
+        made,
+        source,
+        config.recipe.solve,
+        proposals=config.recipe.loading.proposals,
+        num_tasks=config.cluster.num_workers,
+        gpu=config.cluster.gpu,
+    )
+    run.log_text("solve.json", told.model_dump_json(indent=2))
+    return finished
 
 
 def _evaluate(made: Bundle, source: shards.Shards, split: Split, config: Config, folder: Path, run: runs.Run) -> Report:

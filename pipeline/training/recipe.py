@@ -13,6 +13,7 @@ from pipeline.data.transforms import classify, detect
 from pipeline.data.transforms.mixing import Mixing
 from pipeline.evaluation.live import Precision
 from pipeline.training.ema import Config as Averaging
+from pipeline.training.linear import Config as Solving
 from pipeline.training.optim import Config as Optim
 from pipeline.training.start import Config as Start
 from pipeline.training.stopping import Config as Watch
@@ -59,6 +60,7 @@ class Recipe(Strict):
         channels_last: keep images as [B, H, W, C] in memory, which convolutions of many channels like better.
         sync_batch_norm: on GPUs, normalise over the images of all workers.
         compile: let torch compile the network when it is first called.
+        solve: how the last layers are found, for models that have that stage.
         keep_best: end with the weights of the best epoch, not with the last ones.
     """
 
@@ -81,6 +83,7 @@ class Recipe(Strict):
     sync_batch_norm: bool = False
     compile: bool = False
     keep_best: bool = False
+    solve: Solving = Solving()
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -92,4 +95,12 @@ class Recipe(Strict):
         wrong = [key for key, value in plain.items() if getattr(self, key) != value]
         if task == "detection" and wrong:
             raise ValueError(f"{', '.join(wrong)} are for classifiers only; leave them out for {self.model.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_its_stages(self) -> Self:
+        if self.model.is_solved:
+            raise ValueError(f"model: this {self.model.name} is what solve makes; name the one it begins with")
+        if "solve" not in self.model.stages and self.solve != Solving():
+            raise ValueError(f"solve: the last layers of {self.model.name} are trained like the others; leave it out")
         return self

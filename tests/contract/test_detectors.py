@@ -38,12 +38,22 @@ SMALL: dict[str, dict[str, Any]] = {
         "post_nms_train": 50,
         "post_nms_test": 20,
     },
+    "rcnn": {
+        "backbone": "squeezenet1_1",
+        "region_side": 48,
+        "context": 4,
+        "pool_size": 2,
+        "fc_features": 32,
+        "dropout": 0.0,
+        "rois_per_image": 16,
+    },
     "yolo": {"variant": "fast", "fc_features": 32, "dropout": 0.0},
     "yolo_multiscale": {"backbone": "squeezenet1_1", "channels": 16},
 }
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("faster_rcnn", {"backbone": "alexnet"}),
     ("fast_rcnn", {"backbone": "alexnet", "region_pooling": "align"}),
+    ("rcnn", {"scorer": "svm"}),
     ("yolo_multiscale", {"backbone": "mobilenet_v3_large"}),
 ]
 
@@ -240,6 +250,32 @@ def test_loss_has_no_parameters_of_its_own_and_falls_in_a_few_steps(name: str, k
         optimizer.step()
         losses.append(float(loss.detach()))
     assert min(losses[1:]) < losses[0]
+
+
+@every_case
+def test_pictures_far_longer_than_wide_are_learnt_from_and_answered(name: str, keys: dict[str, Any]) -> None:
+    """As a fit that keeps the aspect, where the model allows one, leaves what is 10,000 pixels across."""
+    keeps = models.config_of(name).model_fields["input"].default.fit.way != "stretch"
+    model = build(
+        name, {**keys, "input": {"fit": {"way": "resize", "short_side": 1, "long_side": SIDE}}} if keeps else keys
+    )
+    for original_hw in ((100, 10_000), (10_000, 100)):
+        frame = model.spec.fit.frame(original_hw)
+        assert min(frame.input_hw) == (1 if keeps else SIDE)
+        images = torch.full((1, 3, *frame.input_hw), 200, dtype=torch.uint8)
+        whole = torch.tensor([[0.0, 0.0, frame.input_hw[1], frame.input_hw[0]]])
+        targets = BoxTargets(whole, torch.tensor([1]), torch.tensor([0]), 1)
+        batch = Batch(images, targets, (frame,), proposals=(whole,))
+        model.train().zero_grad()
+        loss = total(model, batch)
+        torch.autograd.backward(loss)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        with torch.no_grad():
+            (answer,) = model.eval().postprocess(model(replace(batch, targets=None)), batch.frames)
+        assert (answer.boxes_xyxy >= 0).all()
+        assert (answer.boxes_xyxy <= [original_hw[1], original_hw[0]] * 2).all()
 
 
 @every_case

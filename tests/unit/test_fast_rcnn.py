@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from pipeline import config as configuration
 from pipeline.batch import Batch, BoxTargets
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluation import live
-from pipeline.models import _backbones, _regions, fast_rcnn
+from pipeline.models import _regions, fast_rcnn
 from pipeline.models._regions import Lesson, Outputs, RegionPool, Regions
 from pipeline.models.fast_rcnn import Config, FastRCNN
 from pipeline.types import Frame
@@ -68,30 +68,31 @@ def drawn(model: FastRCNN, batch: Batch) -> tuple[list[Box], list[int]]:
     return [box for box, _ in pairs], [label for _, label in pairs]
 
 
-@pytest.mark.parametrize("name", list(_regions.ORIGINS))
-def test_cells_of_a_backbone_see_squares_around_the_places_that_pooling_takes_them_for(name: Any) -> None:
-    network = _backbones.build(name)
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("name", get_args(_regions.SingleMap))
+def test_cells_of_a_backbone_see_squares_around_the_places_that_pooling_takes_them_for(name: Any, stride: Any) -> None:
+    network, _ = _regions.single_map(name, 3, stride)
     for path, layer in [*network.named_modules()]:
         if isinstance(layer, nn.MaxPool2d):  # whose gradient would name one pixel only
             network.set_submodule(path, nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding))
         elif isinstance(layer, nn.Conv2d):
             nn.init.constant_(layer.weight, 0.01)
     image = torch.ones(1, 3, 16, 272, requires_grad=True)
-    cell = 8
+    cell = 128 // stride
     network(image)[-1][0, 0, 0, cell].backward()
     assert image.grad is not None
     seen = image.grad.abs().sum(dim=(0, 1, 2)).nonzero()[:, 0]
     assert seen[0] > 0
     assert seen[-1] < 271
-    assert (seen[0] + seen[-1] + 1) / 2 == _regions.ORIGINS[cast(_regions.SingleMap, name)] + 16 * cell
+    assert (seen[0] + seen[-1] + 1) / 2 == _regions.origin(name, stride) + stride * cell
 
 
-@pytest.mark.parametrize("origin", [0.5, 8.0])
-def test_region_of_a_map_that_holds_places_is_pooled_to_the_places_of_its_parts(origin: float) -> None:
-    x = (origin + 16 * torch.arange(20.0)).expand(12, 20)
-    y = (origin + 16 * torch.arange(12.0))[:, None].expand(12, 20)
+@pytest.mark.parametrize(("origin", "stride"), [(0.5, 16), (8.0, 16), (0.5, 8), (4.0, 8)])
+def test_region_of_a_map_that_holds_places_is_pooled_to_the_places_of_its_parts(origin: float, stride: int) -> None:
+    x = (origin + stride * torch.arange(20.0)).expand(24, 20)
+    y = (origin + stride * torch.arange(24.0))[:, None].expand(24, 20)
     boxes = boxes_of([[40, 30, 100, 150], [33.5, 64.25, 35.5, 66.25]])  # the other one smaller than a cell
-    pooled = RegionPool("align", 2, origin)({"0": torch.stack([x, y])[None]}, [boxes])
+    pooled = RegionPool("align", 2, origin, stride)({"0": torch.stack([x, y])[None]}, [boxes])
     for (x1, y1, x2, y2), (columns, rows) in zip(boxes.tolist(), pooled, strict=True):
         torch.testing.assert_close(columns[0], torch.tensor([x1 * 0.75 + x2 * 0.25, x1 * 0.25 + x2 * 0.75]))
         torch.testing.assert_close(rows[:, 0], torch.tensor([y1 * 0.75 + y2 * 0.25, y1 * 0.25 + y2 * 0.75]))

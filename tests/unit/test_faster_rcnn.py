@@ -252,20 +252,28 @@ def test_boxes_end_at_the_edge_of_the_picture_and_not_of_its_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "width", "precision"),
-    [("alexnet", 600, torch.float32), ("vgg16", 136, torch.float32), ("squeezenet1_1", 600, torch.bfloat16)],
+    ("backbone", "stride", "width", "precision"),
+    [
+        ("alexnet", 16, 600, torch.float32),
+        ("vgg16", 16, 136, torch.float32),
+        ("vgg16", 8, 132, torch.float32),
+        ("squeezenet1_1", 16, 600, torch.bfloat16),
+        ("squeezenet1_1", 8, 300, torch.bfloat16),
+    ],
 )
 def test_anchors_are_centred_on_cells_whatever_the_size_and_the_precision(
-    backbone: Any, width: int, precision: torch.dtype
+    backbone: Any, stride: Any, width: int, precision: torch.dtype
 ) -> None:
-    """Neither side is a multiple of 16, and 16 bits cannot tell pixels beyond 256 apart."""
-    model = build(backbone=backbone, anchor_sizes=((16,),), anchor_ratios=(1.0,), proposal_iou=1.0).eval()
+    """The width is no multiple of the stride, and 16 bits cannot tell pixels beyond 256 apart."""
+    model = build(
+        backbone=backbone, stride=stride, anchor_sizes=((16,),), anchor_ratios=(1.0,), proposal_iou=1.0
+    ).eval()
     nn.init.zeros_(model.network.rpn.head.bbox_pred.weight)
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
         (boxes,) = model(Batch(noise(1, 40, width))).regions.boxes_xyxy
     inside = (boxes[:, 0] > 0) & (boxes[:, 2] < width) & (boxes[:, 1] > 0) & (boxes[:, 3] < 40)
     centres = (boxes[inside, :2] + boxes[inside, 2:]) / 2
-    cells = (centres - _regions.ORIGINS[backbone]) / 16
+    cells = (centres - _regions.origin(backbone, stride)) / stride
     assert inside.sum() > 5
     assert torch.equal(cells, cells.round())
 

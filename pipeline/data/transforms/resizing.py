@@ -16,7 +16,7 @@ def resize(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
     the same call on planes, and equal to it.
     """
     if image.shape[:2] == tuple(size_hw):
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
+        return _contiguous(image.transpose(2, 0, 1))
     resized = F.interpolate(_planes(image), size_hw, mode="bilinear", antialias=True, align_corners=False)
     pixels: UInt8Array = resized[0].contiguous().numpy()
     return pixels
@@ -25,7 +25,7 @@ def resize(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
 def resize_interleaved(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
     """The same as contiguous [h, w, C], in half the time: `F.interpolate` would turn it into planes and this back."""
     if image.shape[:2] == tuple(size_hw):
-        return np.ascontiguousarray(image)
+        return _contiguous(image)
     pixels = np.empty((*size_hw, image.shape[2]), np.uint8)
     torch.ops.aten._upsample_bilinear2d_aa.out(_planes(image), size_hw, False, None, None, out=_planes(pixels))
     return pixels
@@ -33,7 +33,12 @@ def resize_interleaved(image: UInt8Array, size_hw: tuple[int, int]) -> UInt8Arra
 
 def _planes(image: UInt8Array) -> torch.Tensor:
     """A view [1, C, H, W] of [H, W, C]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)
+    return torch.from_numpy(_contiguous(image)).permute(2, 0, 1).unsqueeze(0)
+
+
+def _contiguous(image: UInt8Array) -> UInt8Array:
+    """As torch takes it: a mirrored column of one pixel passes for contiguous with NumPy, whatever its stride."""
+    return np.ascontiguousarray(image if min(image.strides) >= 0 else image.copy())
 
 
 def shrink_short(image: UInt8Array, short: int) -> UInt8Array:
