@@ -19,7 +19,7 @@ from pipeline.data import shards
 from pipeline.errors import ConfigError
 from pipeline.evaluation.run import evaluate_detector
 from pipeline.inference.bundle import Bundle
-from pipeline.tracking import registry, runs
+from pipeline.tracking import journal, registry, runs
 from pipeline.training import experiment, launch
 from pipeline.types import Split
 
@@ -48,7 +48,7 @@ class Entry(Strict):
 
 @dataclass(frozen=True)
 class Compared:
-    """A detector with its accuracy; `train_s` where it was trained here."""
+    """A detector with its accuracy; where it was trained here, the seconds of its epochs and solving."""
 
     bundle: Bundle
     metrics: dict[str, float]
@@ -104,7 +104,7 @@ def entries(asked: Sequence[Entry], trains: Mapping[str, Train], place: Place) -
 
 def _entry(entry: Entry, train: Train | None, place: Place) -> Compared:
     print(f"{entry.name}: {entry.train or entry.model}", flush=True)
-    made, train_s = (_taken(entry, place), None) if train is None else _trained(train, place)
+    made, train_s = _taken(entry, place) if train is None else _trained(train, place)
     if made.card.task != "detection":
         raise ConfigError(f"models: '{entry.name}' is for {made.card.task}, not a detector; leave it out")
     proposals = entry.proposals or (train.training.recipe.loading.proposals if train else None)
@@ -115,13 +115,12 @@ def _entry(entry: Entry, train: Train | None, place: Place) -> Compared:
     return Compared(made, report.metrics, train_s)
 
 
-def _taken(entry: Entry, place: Place) -> Bundle:
+def _taken(entry: Entry, place: Place) -> tuple[Bundle, float | None]:
     assert entry.model is not None
-    return bundle_of(entry.model, place.parent.uri, place.job.store)
+    return bundle_of(entry.model, place.parent.uri, place.job.store), None
 
 
 def _trained(asked: Train, place: Place) -> tuple[Bundle, float | None]:
-    """The bundle, and the seconds of a training that was begun and ended here."""
     store = place.job.store
     folder = store / "runs" / asked.name
     begun = launch.where_begun(folder, asked.training.checkpoints) is not None
@@ -135,4 +134,5 @@ def _trained(asked: Train, place: Place) -> tuple[Bundle, float | None]:
         roots=(place.job.data_folder,),
         tags={runs.PARENT_TAG: place.parent.id},
     )
-    return outcome.bundle, None if begun else outcome.seconds["train"]
+    said = (journal.curve(folder / journal.FOLDER, key).values() for key in ("epoch_s", "solve_s"))
+    return outcome.bundle, sum(map(sum, said))

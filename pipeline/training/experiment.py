@@ -177,6 +177,7 @@ def conduct(
         if "solve" in config.recipe.model.stages:
             with _timed(seconds, "solve"):
                 made = _solve(made, source, config, folder, run)
+            run.log_metrics({"solve_s": seconds["solve"]}, step=config.recipe.epochs)
         with _timed(seconds, "evaluate"):
             reports = {split: _evaluate(made, source, split, config, folder, run) for split in config.evaluate}
         with _timed(seconds, "register"):
