@@ -13,8 +13,8 @@ Counted for 20 classes, the default with AlexNet has 57,089,877 parameters with 
 
 As in the paper: regions are warped to 227x227 whatever their aspect, with 16 pixels of context around them (appendix
 A); what lies outside the picture is its mean colour; an overlap of 0.5 makes a region an object in fine-tuning, of
-which a quarter of each batch is drawn (2.3); answers are suppressed at 0.3. Corrections are those of appendix C, not
-normalised.
+which a quarter of each batch is drawn (2.3); answers are suppressed at 0.3 (in its code). Corrections are those of
+appendix C, not normalised.
 
 What differs:
 
@@ -36,11 +36,11 @@ The paper's mAP on VOC 2007 test (its own, not ours): AlexNet 54.2 without and 5
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
@@ -93,6 +93,12 @@ class Config(DetectorConfig):
     foreground_iou: float = Field(default=0.5, gt=0, le=1)
     input: DetectorSpec = DetectorSpec(fit=Fit(way="resize", short_side=375, long_side=500))
     select: Selection = Selection(iou_threshold=0.3)
+
+    @model_validator(mode="after")
+    def _context_leaves_a_region(self) -> Self:
+        if 2 * self.context >= self.region_side:
+            raise ValueError(f"context: expected less than half of region_side, {self.region_side}, got {self.context}")
+        return self
 
     @property
     def is_solved(self) -> bool:
@@ -165,7 +171,7 @@ class Network(nn.Module):
         """See the class."""
         pooled = self.pool(self.backbone(regions)[-1]).flatten(1)
         features = self.full(pooled)
-        deltas = pooled.new_zeros(len(pooled), 0) if self.boxes is None else self.boxes(pooled)
+        deltas = pooled[:, :0] if self.boxes is None else self.boxes(pooled)
         return Answers(pooled, features, self.classes(features).float(), deltas.float().unflatten(1, (-1, 4)))
 
 
@@ -287,8 +293,9 @@ class RCNN(Detector):
         side = self.config.region_side
         grown = side / (side - 2 * self.config.context)
         middles, halves = (rois[:, 1:3] + rois[:, 3:]) / 2, (rois[:, 3:] - rois[:, 1:3]) / 2 * grown
-        around = torch.cat([rois[:, :1], middles - halves, middles + halves], dim=1)
-        return cast(Tensor, ops.roi_align(images, around, side, 1.0, 0, aligned=True))
+        # Behind its edge roi_align repeats a pixel first; it is to repeat the mean colour.
+        around = torch.cat([rois[:, :1], middles - halves + 1, middles + halves + 1], dim=1)
+        return cast(Tensor, ops.roi_align(F.pad(images, (1, 1, 1, 1)), around, side, 1.0, 0, aligned=True))
 
     def _lesson(self, images: Tensor, proposals: tuple[Tensor, ...], objects: list[dict[str, Tensor]]) -> Lesson:
         """Draw regions of each image, its objects themselves among them."""
@@ -325,4 +332,5 @@ def _compared(regions: Tensor, objects: dict[str, Tensor], num_classes: int) -> 
     columns = classes.expand(len(regions), -1)
     of_class = regions.new_zeros(len(regions), num_classes).scatter_reduce(1, columns, overlaps, "amax")
     labels = torch.where(overlaps.amax(dim=1) > 0, classes[nearest], -1)
+    labels[: len(true)] = classes  # also of two objects at one place
     return of_class, labels, is_object, CODER.encode_single(true[nearest], regions)
