@@ -230,7 +230,7 @@ def _solve(made: Bundle, source: shards.Shards, config: Config, folder: Path, ru
         source,
         config.recipe.solve,
         proposals=config.recipe.loading.proposals,
-        num_tasks=config.cluster.num_workers,
+        num_tasks=config.cluster.num_workers if config.cluster.gpu else config.num_cpus(),
         gpu=config.cluster.gpu,
     )
     run.log_text("solve.json", told.model_dump_json(indent=2))
