@@ -16,33 +16,21 @@ from pipeline import imaging, models
 from pipeline.config import parse
 from pipeline.data import shards
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.detection_report import DetectionEvaluation
 from pipeline.evaluation.run import check_truth, evaluate, evaluate_detector
 from pipeline.inference import bulk, bundle, results
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
+from pipeline.models._detector import Detector
 from pipeline.types import Detections
+from tests.small_detection import CLASSES, objects, photo, shards_of, untaught
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-SELECT = {"max_detections": 1000, "iou_threshold": 1.0}
-
-
 @pytest.fixture(scope="module")
 def model(small_scenes: shards.Shards, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small detector that has learnt nothing, and says so at scores that a threshold can tell apart.
-
-    It suppresses nothing: of boxes whose scores are all but equal, the last bits would decide which one stays.
-    """
-    torch.manual_seed(0)
-    keys = {"backbone": "plain", "channels": 16, "num_classes": 10, "select": SELECT}
-    keys |= {"input": {"fit": {"size_hw": [64, 64]}}}
-    config = parse(models.config_of("yolo_multiscale"), keys, "here")
-    made = models.build(config)
-    for name, value in made.named_parameters():
-        if "classes" in name:
-            torch.nn.init.normal_(value, mean=0.0 if name.endswith("weight") else -1.5, std=0.5)
-    return bundle.save(tmp_path_factory.mktemp("model") / "b", made, config, classes=small_scenes.manifest.classes)
+    return untaught(tmp_path_factory.mktemp("model") / "b", small_scenes.manifest.classes)
 
 
 def test_evaluation_is_the_same_on_one_and_on_four_tasks(small_scenes: shards.Shards, model: Bundle) -> None:
@@ -64,6 +52,44 @@ def test_several_views_and_other_truth_are_refused(
         evaluate(model, stripes, "val")
     with pytest.raises(DataError, match="expected boxes for each image of 'val', but 13 of 13 have none"):
         check_truth(stripes, "detection", ["val"])
+
+
+def localiser(folder: Path) -> Bundle:
+    """It looks at nothing and guesses each class once, in the middle of the picture, of half its sides."""
+    torch.manual_seed(0)
+    keys = {"fc_features": 16, "num_classes": 3, "input": {"fit": {"way": "stretch", "size_hw": [64, 64]}}}
+    config = parse(models.config_of("alexnet_localizer"), keys, "here")
+    made = models.build(config)
+    assert isinstance(made, Detector)
+    for path in made.heads:
+        torch.nn.init.zeros_(made.get_parameter(f"{path}.weight"))
+    made.get_parameter("network.classes.bias").data.copy_(torch.tensor([2.0, 1.0, 0.0]))
+    return bundle.save(folder, made, config, classes=CLASSES)
+
+
+def test_localisation_error_is_told_where_no_picture_has_two_objects(tmp_path: Path) -> None:
+    middle, corner = [20, 15, 60, 45], [0, 0, 20, 15]  # of 80 x 60
+    marked = [objects((box, label)) for box, label in ((middle, 0), (middle, 2), (corner, 1), (corner, 0))]
+    pictures = [(photo(seed, 60, 80), one) for seed, one in enumerate([*marked, objects()])]
+    made = localiser(tmp_path / "b")
+    report = evaluate(made, shards_of(tmp_path / "single", {"val": pictures}), "val")
+    assert isinstance(report, DetectionEvaluation)
+    np.testing.assert_allclose(report.seen[0].found.boxes_xyxy, [middle] * 3, atol=1e-3)
+    assert report.metrics["top5_localisation_error"] == 2 / 4  # the picture without an object does not count
+    assert report.metrics["top5_class_error"] == 0
+    report.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["metrics"]["top5_localisation_error"] == 0.5
+
+    two = [(photo(9, 60, 80), objects((middle, 0), (corner, 1)))]
+    several = evaluate(made, shards_of(tmp_path / "several", {"val": [*pictures, *two]}), "val")
+    assert "voc_map50" in several.metrics
+    assert not [name for name in several.metrics if name.startswith("top5")]
+
+
+def test_split_without_any_object_is_one_sentence(model: Bundle, tmp_path: Path) -> None:
+    source = shards_of(tmp_path, {"val": [(photo(0, 60, 80), objects())] * 2}, model.card.classes)
+    with pytest.raises(DataError, match="expected at least one object to be found, got none"):
+        evaluate(model, source, "val")
 
 
 def rotated(folder: Path) -> Path:

@@ -110,12 +110,18 @@ def test_quickstart_kept_answers_until_down_and_leaves_nothing(tmp_path: Path) -
     try:
         assert done.returncode == 0, done.stderr[-3000:]
         top1 = re.search(r"digits: top-1 ([\d.]+) on 355 held-out images", done.stdout)
+        map50 = re.search(r"digit-scenes: coco_map50 ([\d.]+) on 200 held-out images", done.stdout)
         assert top1
+        assert map50
         assert float(top1[1]) >= 0.97
-        assert "32 answers equal the offline ones" in done.stdout
-        ((image, endpoint),) = re.findall(r"curl --data-binary '@(\S+)' (\S+)", done.stdout)
-        answer = requests.post(endpoint, data=Path(image).read_bytes(), timeout=60).json()
-        assert len(answer["predictions"]) == 5
+        assert float(map50[1]) >= 0.85
+        assert done.stdout.count("32 answers equal the offline ones") == 2
+        asked = re.findall(r"curl --data-binary '@(\S+)' (\S+)", done.stdout)
+        ranked, found = (requests.post(url, data=Path(image).read_bytes(), timeout=60).json() for image, url in asked)
+        assert len(ranked["predictions"]) == 5
+        assert found["predictions"]
+        assert all(len(one["box"]) == 4 for one in found["predictions"])
+        endpoint = asked[0][1]
         second = run("jobs.deploy", "model=digits", storage=tmp_path)
         assert second.returncode == 7
         assert "a stack is up already" in second.stderr

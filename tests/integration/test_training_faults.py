@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -26,13 +27,17 @@ from jobs._process import Service, stop
 from pipeline import models
 from pipeline.config import parse, validate
 from pipeline.data import shards
+from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
 from pipeline.errors import DataError
+from pipeline.evaluation.live import evaluate_detector
 from pipeline.inference.bundle import Bundle, load
+from pipeline.models._detector import Detector
 from pipeline.training import experiment, launch
 from pipeline.training.checkpoint import Config, Store
 from pipeline.training.loop import fit
 from pipeline.training.recipe import Recipe
+from tests.small_detection import SMALL, Annotated, objects, photo, shards_of
 
 pytestmark = pytest.mark.slow
 
@@ -97,20 +102,62 @@ def words(process: psutil.Process) -> str:
         return ""
 
 
+def trained_despite_a_kill(folder: Path, source: shards.Shards, recipe: dict[str, Any], head: Service) -> Bundle:
+    """On two workers, of which one is killed inside an epoch."""
+    with ThreadPoolExecutor(1) as pool:
+        cluster = launch.Cluster(num_workers=2, max_failures=1)
+        result = pool.submit(launch.train, folder, source, validate(Recipe, recipe), cluster, checkpoints=EVERY_STEP)
+        wait_for(lambda: is_inside_an_epoch(folder, 1), lambda: not result.done())
+        training_workers(head)[-1].kill()
+        reached = launch.store_of(folder).positions()[-1]
+        made = result.result(PATIENCE_S)
+    assert reached.epoch < recipe["epochs"] - 1
+    return made
+
+
 def test_worker_that_is_killed_inside_an_epoch_changes_no_bit(
     undisturbed: Path, ray_head: Service, stripes: shards.Shards, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    with ThreadPoolExecutor(1) as pool:
-        cluster = launch.Cluster(num_workers=2, max_failures=1)
-        result = pool.submit(launch.train, folder, stripes, validate(Recipe, RECIPE), cluster, checkpoints=EVERY_STEP)
-        wait_for(lambda: is_inside_an_epoch(folder, 1), lambda: not result.done())
-        training_workers(ray_head)[-1].kill()
-        reached = launch.store_of(folder).positions()[-1]
-        made = result.result(PATIENCE_S)
-    assert reached.epoch < RECIPE["epochs"] - 1
+    made = trained_despite_a_kill(tmp_path / "run", stripes, RECIPE, ray_head)
     assert exact(made) == exact(load(undisturbed / "bundle"))
-    assert history(folder) == history(undisturbed)
+    assert history(tmp_path / "run") == history(undisturbed)
+
+
+def ragged(folder: Path) -> shards.Shards:
+    """Pictures with 0, 1 or 24 objects, 40 for training and 13 for validation: each rank has its own numbers."""
+    rng = np.random.default_rng(0)
+
+    def annotated(seed: int) -> Annotated:
+        corners = rng.uniform(0, 40, ((0, 1, 24)[seed % 3], 2))
+        marked = np.concatenate([corners, corners + rng.uniform(6, 20, corners.shape)], axis=1)
+        return photo(seed, 60, 80), objects(*((box.tolist(), at % 3) for at, box in enumerate(marked)))
+
+    return shards_of(folder, {"train": [*map(annotated, range(40))], "val": [*map(annotated, range(40, 53))]})
+
+
+@pytest.mark.usefixtures("cluster")
+def test_worker_of_a_detector_that_is_killed_inside_an_epoch_changes_no_bit(ray_head: Service, tmp_path: Path) -> None:
+    source = ragged(tmp_path / "shards")
+    recipe = RECIPE | {
+        "model": SMALL | {"name": "yolo_multiscale"},
+        "augment": {"flip": True, "scale": 0.2},
+        "optim": {"optimizer": "adamw", "lr": 1e-3},
+        "epochs": 6,
+    }
+    launch.train(tmp_path / "whole", source, validate(Recipe, recipe), launch.Cluster(num_workers=2))
+    made, whole = (
+        trained_despite_a_kill(tmp_path / "run", source, recipe, ray_head),
+        load(tmp_path / "whole" / "bundle"),
+    )
+    assert exact(made) == exact(whole)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+    assert len(history(tmp_path / "run")) == recipe["epochs"]
+    model = made.build()
+    assert isinstance(model, Detector)
+    batches = Loader(source, model.spec, Loading(batch_size=4, num_tasks=0)).evaluate("val")
+    judged = evaluate_detector(model, batches, 3).judged  # by one process: the two had looked at every picture
+    assert len(judged.ids) == 13
+    assert judged.metrics()["coco_map50"] == pytest.approx(made.card.metrics["val/coco_map50"], abs=1e-6)
 
 
 def start_job(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client
 from pipeline.inference.predictor import Predictor
 from pipeline.tracking import registry, runs
-from pipeline.types import Classification
+from pipeline.types import Classification, Detections
+from tests.small_detection import assert_same, untaught
 
 NAME = "same-scores"
 CLASSES = tuple(f"class {label}" for label in range(7))
@@ -74,19 +76,18 @@ def published(mlflow_server: Service, tmp_path_factory: pytest.TempPathFactory) 
     return Published(made, mlflow_server.address)
 
 
-@pytest.fixture(scope="module")
-def scoring(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """MLflow's own scoring server on the registered model."""
-    folder = tmp_path_factory.mktemp("scoring")  # not the checkout: the code must come with the model
+@contextmanager
+def models_serve(uri: str, name: str, folder: Path) -> Iterator[str]:
+    """MLflow's own scoring server on a registered model; not in the checkout, for the code must come with the model."""
     (port,) = _process.free_ports(1)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow calls uvicorn by name
-        "MLFLOW_TRACKING_URI": published.uri,
+        "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{name}@champion", "--env-manager"]
     command += ["local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     log = folder / "log"
     process = _process.launch(command, log, environment)
@@ -107,7 +108,13 @@ def scoring(published: Published, tmp_path_factory: pytest.TempPathFactory) -> I
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(url: str, images: list[bytes], **params: int) -> requests.Response:
+@pytest.fixture(scope="module")
+def scoring(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with models_serve(published.uri, NAME, tmp_path_factory.mktemp("scoring")) as url:
+        yield url
+
+
+def ask(url: str, images: list[bytes], **params: float) -> requests.Response:
     rows = [{"image": base64.b64encode(data).decode()} for data in images]
     return requests.post(f"{url}/invocations", json={"dataframe_records": rows, "params": params}, timeout=60)
 
@@ -184,3 +191,23 @@ def test_models_serve_top_k_of_zero_is_refused(scoring: str) -> None:
     answer = ask(scoring, [photo()], top_k=0)
     assert answer.status_code == 400
     assert "top_k: expected at least 1, got 0" in answer.json()["message"]
+
+
+def test_models_serve_of_a_detector_answers_with_the_boxes_of_the_predictor(
+    mlflow_server: Service, tmp_path: Path
+) -> None:
+    made = untaught(tmp_path / "bundle", ("ant", "bee", "cat"))
+    with runs.start(mlflow_server.address, runs.Config(experiment=NAME), params={}, tags={}) as run:
+        registry.promote(mlflow_server.address, "same-boxes", registry.publish(run, made, "same-boxes").version)
+    pictures = [photo(), photo(1)]
+    with models_serve(mlflow_server.address, "same-boxes", tmp_path) as url:
+        told = ask(url, pictures, score_threshold=0.05).json()["predictions"]
+        nothing = ask(url, pictures[:1], score_threshold=1.0).json()["predictions"]
+        refused = ask(url, [pictures[0], b"not an image"])
+    for row, expected in zip(told, Predictor(made).predict(pictures), strict=True):
+        assert isinstance(expected, Detections)
+        labels = [made.card.classes.index(name) for name in row["labels"]]
+        found = Detections(np.array(row["boxes"], np.float32), np.array(labels), np.array(row["scores"], np.float32))
+        assert_same(found, expected.best(0.05), atol_px=0.1)  # of 1,600 pixels
+    assert nothing == [{"labels": [], "scores": [], "boxes": []}]
+    assert (refused.status_code, "image 1: " in refused.json()["message"]) == (400, True)

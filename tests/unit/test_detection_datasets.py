@@ -517,7 +517,7 @@ def test_voc_of_real_blood_cells_has_its_published_counts(real_data: Path) -> No
 
 
 def test_voc_and_coco_of_real_snacks_show_the_same_objects(real_data: Path) -> None:
-    """They were drawn twice, by hand, up to 10 pixels apart, one object in one of them only."""
+    """They were drawn twice, by hand, up to 12 pixels apart, one object in one of them only."""
     root, places = real_data / "snacks", {"splits": ("train", "test"), "images": "voc/{split}"}
     first = voc.Config(root=root, listed=False, annotations="voc/{split}", **places)
     second = coco.Config(root=root, annotations="coco_instances.json", missing_images="skip", masks=True, **places)

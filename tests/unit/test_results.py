@@ -72,3 +72,22 @@ def test_vocs_results_are_lines_for_each_class_counted_from_one(parts: list[Path
     name, score, *box = (folder / "ant.txt").read_text().split()
     assert (name, float(score)) == ("train/a", 0.5)
     np.testing.assert_allclose([float(value) for value in box], [1, 1, 8.5, 8])
+
+
+@pytest.mark.parametrize("count", [0, 2000])
+def test_any_number_of_boxes_of_an_image_is_written_and_read_back(count: int, tmp_path: Path) -> None:
+    at = np.arange(count, dtype=float)
+    found = EMPTY | {
+        "boxes": np.stack([at, at, at + 8, at + 9], axis=1).tolist(),
+        "labels": (at % 2).astype(int).tolist(),
+        "class_names": [CLASSES[number % 2] for number in range(count)],
+        "scores": np.linspace(0.9, 0.1, count).tolist(),
+    }
+    part = tmp_path / "part-00000.parquet"
+    pq.write_table(pa.Table.from_pylist([found], schema=OUTPUT["detection"]), part)
+    lines, _, folder = results.write([part], CLASSES, tmp_path / "out", ["jsonl", "coco", "voc"])
+    assert len(json.loads(lines.read_text())["detections"]) == count
+    assert sum(len(path.read_text().splitlines()) for path in folder.iterdir()) == count
+    truth = COCO(str(tmp_path / "out" / "coco_images.json"))
+    loaded = truth.loadRes(str(tmp_path / "out" / "coco.json"))
+    assert [one["bbox"] for one in loaded.loadAnns(loaded.getAnnIds())] == [[x, x, 8, 9] for x in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,11 @@ from ray.serve.exceptions import BackPressureError
 from serve.ingress import application
 from serve.schemas import Limits, Refused, Served, Told, Wanted
 
-SERVED = (Served("digits", "3", "champion", Path("/nowhere"), 10), Served("flowers", "1", None, Path("/nowhere"), 3))
+SERVED = (
+    Served("digits", "3", "champion", Path("/nowhere"), 10),
+    Served("flowers", "1", None, Path("/nowhere"), 3),
+    Served("boxes", "1", None, Path("/nowhere"), 3, "detection"),
+)
 
 
 class Answering:
@@ -89,6 +94,23 @@ def test_predict_joins_the_body_and_names_the_version_that_answered() -> None:
     assert body["model"] == {"name": "digits", "version": "3", "alias": "champion"}
     assert body["predictions"][1] == {"label": 1, "class_name": "1", "score": 0.1}
     assert body["timing_ms"] == {"decode": 1.0, "queue": 2.0, "infer": 3.0}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2000])
+def test_predict_of_any_number_of_objects_answers_with_all_of_them(count: int) -> None:
+    found = dataclasses.replace(ranked(count), boxes=tuple((float(at), 0.5, at + 1.5, 9.0) for at in range(count)))
+    status, body, _ = asyncio.run(Client(found).post("/predict/boxes", [b"x"]))
+    assert (status, len(body["predictions"])) == (200, count)
+    assert [row["box"] for row in body["predictions"]] == [[at, 0.5, at + 1.5, 9] for at in range(count)]
+
+
+@pytest.mark.parametrize("wanted", ["2000", "0"])
+def test_predict_of_more_objects_than_a_request_may_ask_for_is_refused(wanted: str) -> None:
+    client = Client(ranked(0))
+    status, body, _ = asyncio.run(client.post(f"/predict/boxes?max_detections={wanted}", [b"x"]))
+    assert (status, body["code"]) == (422, "query")
+    assert "max_detections" in body["error"]
+    assert not client.models.asked
 
 
 def test_predict_without_top_k_asks_for_five_or_all_classes() -> None:

@@ -312,6 +312,35 @@ def test_a_detector_of_other_classes_gives_all_but_the_layers_of_the_classes(hea
             assert torch.equal(value, given.state_dict()[name])
 
 
+def test_kept_head_of_a_detector_answers_as_the_weights_did() -> None:
+    given, model = detector(), detector()
+    with torch.no_grad():
+        for parameter in given.parameters():
+            parameter.mul_(1.5)
+    start.initialise(model, start.Weights("here", given.state_dict(), CLASSES), "keep", CLASSES)
+    assert all(torch.equal(value, given.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        (("ant", "bee"), "has 3 classes, the dataset 2; set start.head to new"),
+        (("ant", "bee", "cow"), "class 2 is 'cat', in the dataset it is 'cow'"),
+        (("bee", "ant", "cat"), "class 0 is 'ant', in the dataset it is 'bee'"),
+    ],
+)
+def test_kept_head_of_a_detector_of_other_classes_is_refused(classes: tuple[str, ...], sentence: str) -> None:
+    weights = start.Weights("here", detector().state_dict(), CLASSES)
+    with pytest.raises(ConfigError, match=sentence):
+        start.initialise(detector(num_classes=len(classes)), weights, "keep", classes)
+
+
+def test_kept_head_of_a_detector_whose_classes_are_unknown_is_refused_by_its_layers() -> None:
+    weights = start.Weights("here", detector().state_dict())
+    with pytest.raises(ModelError, match=r"network\.classes\.0\.weight"):
+        start.initialise(detector(num_classes=5), weights, "keep", tuple("abcde"))
+
+
 def test_blocks_of_a_detector_are_counted_from_the_first_layer_of_its_backbone() -> None:
     model = detector()
     start.freeze(model, start.Freeze(first=2))

@@ -83,6 +83,16 @@ def test_resize_interleaved_equals_resize(num_channels: int, size_hw: tuple[int,
     np.testing.assert_array_equal(resize_interleaved(image, size_hw), resize(image, size_hw).transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("hw", [(9, 1), (1, 9), (1, 1)])
+@pytest.mark.parametrize("to_hw", [(9, 1), (1, 9), (1, 1), (6, 6)])
+def test_mirrored_picture_of_one_pixel_is_resized_as_any_other(hw: tuple[int, int], to_hw: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*hw, 3), np.uint8)
+    for mirrored in (image[:, ::-1], image[::-1]):
+        for change in (resize, resize_interleaved):
+            resized = torch.from_numpy(change(mirrored, to_hw))  # which takes no negative stride, even of one pixel
+            np.testing.assert_array_equal(resized, change(mirrored.copy(), to_hw))
+
+
 def test_resize_interleaved_gives_the_mean_of_what_it_covers() -> None:
     halves = np.zeros((8, 8, 1), np.uint8)
     halves[:, 4:] = 200
