@@ -32,9 +32,9 @@ test: install  ## style, types, architecture, all tests but the slow ones
 	$(BIN)/pytest -m "not slow and not long"
 
 test-slow: install  ## kills, full disks, whole roads, stopped jobs; CI runs them too
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not long"
 
-test-long: install  ## a whole sweep, a folder of photos to an endpoint by the README's commands; minutes each
+test-long: install  ## a whole sweep, the README's commands on a folder of photos, detectors killed and resumed; minutes each
 	$(BIN)/pytest -m long
 
 test-quick: install  ## the tests that need no Ray and no server

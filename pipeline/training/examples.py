@@ -113,4 +113,5 @@ def _matrix(column: pa.ChunkedArray) -> Float32Array:
     """Lists of one length as float32 [N, length]."""
     lists = column.combine_chunks()
     values: Float32Array = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return values.reshape(len(lists), -1 if len(lists) else 0)
+    width = lists.type.list_size if pa.types.is_fixed_size_list(lists.type) else -1 if len(lists) else 0
+    return values.reshape(len(lists), width)

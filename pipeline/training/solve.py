@@ -3,13 +3,14 @@
     fitted bundle ──► features of every region, Parquet      extraction, one pass of the network, `num_tasks` actors
         ──► machines of the objects and some of the rest     first pass over the features
         ──► the same with what those get wrong               hard negatives, one pass for each round
-        ──► ridge regressions of corrections                 with the first pass
+        ──► ridge regressions of corrections                 one pass over pooled maps
         ──► finished bundle
 
 Source: Girshick et al., CVPR 2014, section 2.3 and appendices B and C; Felzenszwalb et al., PAMI 2010, section 4.3 for
 hard negatives. An object is an example for its class; a region that overlaps no object of a class by `negative_iou` is
-one against it. All features do not fit into memory, and do not have to: a pass keeps the rows that it looks for, in
-number bounded, and which of too many does not depend on the number of tasks or the order in which these end.
+one against it. All features do not fit into memory, and do not have to: a pass, by the driver, keeps the rows that it
+looks for, in number bounded, and which of too many does not depend on the number of tasks or the order in which these
+ended. Extraction is what takes time; a pass over its result costs less than Ray tasks take to start.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pyarrow as pa
 import ray.data
 import ray.exceptions
 import torch
+from pyarrow import dataset
 
 from pipeline.config import Strict
 from pipeline.data import shards
@@ -45,6 +47,7 @@ from pipeline.training.linear import BoolArray, Config, Solution
 FEATURES = "features"
 BATCH_SIZE = 4  # images whose regions are looked at together
 CHUNK = 16  # images that are read together
+PASS_ROWS = 8192  # regions that a pass looks at together: 134 MB of AlexNet's features
 
 log = logging.getLogger("ventral.training")
 
@@ -85,9 +88,10 @@ def solve(
         VentralError: what a task raised.
     """
     place = folder.absolute() / FEATURES
+    num_chunks = -(-source.manifest.num_rows("train") // CHUNK)
     shutil.rmtree(place, ignore_errors=True)
     try:
-        _extract(place, _Extraction(fitted, source, config, proposals, "cuda" if gpu else "cpu"), num_tasks)
+        _extract(place, _Extraction(fitted, source, config, proposals, "cuda" if gpu else "cpu", num_chunks), num_tasks)
         classes, boxes, told = _layers(place, fitted.card.classes, config)
     except ray.exceptions.RayError as error:
         raise own_cause(error) from None
@@ -190,35 +194,28 @@ def _against(rows: Rows, config: Config) -> BoolArray:
 
 def _gathered(place: Path, values: str, choice: Choice, most: int | None = None) -> Rows:
     """The regions that a pass over all of them keeps, `most` of them: those of the lowest rank."""
-
-    def choose(table: pa.Table) -> pa.Table:
+    every = dataset.dataset(place, format="parquet")
+    columns = [*examples.COMPARED, values]
+    found = None
+    for batch in every.to_batches(columns=columns, batch_size=PASS_ROWS):
+        table = pa.Table.from_batches([batch])
         kept, rank = choice(Rows(table, values))
-        return examples.lowest(table.append_column(RANK, pa.array(rank)).filter(pa.array(kept)), most)
-
-    passed = ray.data.read_parquet(str(place), columns=[*examples.COMPARED, values]).map_batches(
-        choose, batch_format="pyarrow"
-    )
-    found: pa.Table | None = None
-    for table in passed.iter_batches(batch_size=None, batch_format="pyarrow"):
-        found = examples.lowest(table if found is None else pa.concat_tables([found, table]), most)
-    assert found is not None
+        part = table.append_column(RANK, pa.array(rank)).filter(pa.array(kept))
+        found = examples.lowest(part if found is None else pa.concat_tables([found, part]), most)
+    assert found is not None  # each file has rows
     return Rows(found.sort_by(ORDER), values)
 
 
 @dataclass(frozen=True)
 class _Extraction:
-    """What is extracted from."""
+    """What is extracted from; the training images are read in so many parts."""
 
     fitted: Bundle
     source: shards.Shards
     config: Config
     proposals: str | None
     device: str
-
-    @property
-    def num_chunks(self) -> int:
-        """Parts that the training images are read in."""
-        return -(-self.source.manifest.num_rows("train") // CHUNK)
+    num_chunks: int
 
 
 class _Extractor:

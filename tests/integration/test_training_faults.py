@@ -135,6 +135,7 @@ def ragged(folder: Path) -> shards.Shards:
     return shards_of(folder, {"train": [*map(annotated, range(40))], "val": [*map(annotated, range(40, 53))]})
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_worker_of_a_detector_that_is_killed_inside_an_epoch_changes_no_bit(ray_head: Service, tmp_path: Path) -> None:
     source = ragged(tmp_path / "shards")
