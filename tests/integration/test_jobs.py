@@ -35,7 +35,7 @@ def run(*words: str, storage: Path) -> subprocess.CompletedProcess[str]:
         env=clean | {"VENTRAL_STORAGE": str(storage)},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1100,
         check=False,
     )
 
