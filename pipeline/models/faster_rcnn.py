@@ -115,7 +115,7 @@ class Config(RegionConfig):
     def _resolve(self) -> Self:
         if self.backbone in PYRAMID_DEFAULTS:
             self.fill(**SHARED_DEFAULTS, **PYRAMID_DEFAULTS[self.backbone])
-            if "stride" in self.model_fields_set:
+            if self.stride != 16:
                 raise ValueError(f"stride: backbone '{self.backbone}' has maps of several; leave it out")
         num_maps, counts = NUM_MAPS.get(self.backbone, 1), [len(sizes) for sizes in self.anchor_sizes]
         if len(counts) != num_maps or min(counts) < 1 or len({*counts}) > 1:

@@ -355,6 +355,11 @@ def test_defaults_follow_the_backbone_and_read_back() -> None:
     assert configuration.parse(Config, mobile.model_dump(mode="json"), "again") == mobile
 
 
+def test_pyramid_has_no_one_stride() -> None:
+    with pytest.raises(ConfigError, match="stride: backbone 'mobilenet_v3_320' has maps of several"):
+        configuration.parse(Config, {"backbone": "mobilenet_v3_320", "stride": 8}, "here")
+
+
 @pytest.mark.parametrize("sizes", [[], [[]], [[32], [64]]])
 def test_anchors_for_another_number_of_maps_are_refused(sizes: list[list[int]]) -> None:
     with pytest.raises(ConfigError, match="has 1 maps"):
