@@ -122,6 +122,17 @@ class Batch:
             raise ValueError(f"expected a class for each image as targets, got {type(self.targets).__name__}")
         return self.targets
 
+    @property
+    def boxes(self) -> BoxTargets:
+        """The targets of a detector.
+
+        Raises:
+            ValueError: there are none, or they are of another kind.
+        """
+        if not isinstance(self.targets, BoxTargets):
+            raise ValueError(f"expected the objects of each image as targets, got {type(self.targets).__name__}")
+        return self.targets
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; the copy overlaps with compute where the source is pinned."""
         targets = self.targets

@@ -19,6 +19,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Task = Literal["classification", "detection"]
 
 Views = Literal["centre", "flip", "ten_crop"]
 """What a classifier is shown of one image, its scores averaged: the centre crop, that and its mirror image, or ten."""

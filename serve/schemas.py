@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline.config import Strict
+from pipeline.types import Task
 
 MIB = 2**20
-Task = Literal["classification", "detection"]  # as models have it, without importing torch
 Box = tuple[float, float, float, float]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -30,6 +30,18 @@ def images(source: shards.Shards, split: Split, ids: Iterable[str]) -> dict[str,
             for row in (row for row in rows if starts[group] <= row < starts[group + 1]):
                 found[here[row]] = table.column("image")[row - int(starts[group])].as_py()
     return found
+
+
+def in_order(source: shards.Shards, split: Split) -> Iterator[tuple[str, bytes]]:
+    """Id and encoded image of every row of a split as they lie there, one row group in memory at a time.
+
+    Raises:
+        DataError: there is no such split, or a shard cannot be read.
+    """
+    for shard in source.manifest.of(split):
+        for group in range(len(shard.row_groups)):
+            table = shards.read(source.path / shard.name, [group], ["image_id", "image"])
+            yield from zip(table.column("image_id").to_pylist(), table.column("image").to_pylist(), strict=True)
 
 
 def visible(image: UInt8Array) -> UInt8Array:

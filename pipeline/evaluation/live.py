@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.batch import Batch, BoxTargets, of_equal_size
+from pipeline.batch import Batch, of_equal_size
 from pipeline.data.transforms import classify
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.detect import Judged, judge, merge
@@ -109,7 +109,7 @@ def evaluate_detector(
             moved = batch.to(device)
             with autocast(precision, device):
                 outputs = model(moved)
-                loss = torch.stack(list(model.loss(outputs, boxes_of(moved)).values())).sum()
+                loss = torch.stack(list(model.loss(outputs, moved.boxes).values())).sum()
             found = model.postprocess(outputs, batch.frames)
             images = zip(found, batch.objects, batch.ids, strict=True)
             judged = merge([judge(*image, num_classes) for image in images])
@@ -117,17 +117,6 @@ def evaluate_detector(
             if watch is not None:
                 watch(batch, found)
     return Found.merged(parts)
-
-
-def boxes_of(batch: Batch) -> BoxTargets:
-    """The targets of a detector.
-
-    Raises:
-        ValueError: there are none, or they are of another kind.
-    """
-    if not isinstance(batch.targets, BoxTargets):
-        raise ValueError(f"expected the objects of each image as targets, got {type(batch.targets).__name__}")
-    return batch.targets
 
 
 def _outputs(model: Classifier, batch: Batch, views: Views) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data import shards
+from pipeline.data import lookup, shards
 from pipeline.data.loading import Config as Loading
 from pipeline.data.loading import Loader
 from pipeline.errors import ImageError, ModelError
@@ -40,7 +40,8 @@ def compare(client: Client, name: str, bundle: Bundle, source: shards.Shards, sp
         ClusterError: the endpoint does not answer.
     """
     worst, compared, classes = 0.0, 0, bundle.card.classes
-    for offline, (image_id, image) in zip(_offline(bundle, source, split), _images(source, split), strict=False):
+    images = lookup.in_order(source, split)
+    for offline, (image_id, image) in zip(_offline(bundle, source, split), images, strict=False):
         if compared == num_images:
             break
         if isinstance(offline, Detections):
@@ -91,7 +92,7 @@ def _offline(bundle: Bundle, source: shards.Shards, split: Split) -> Iterator[An
     predictor = Predictor(bundle)
     model = predictor.model
     if bundle.card.model.needs_proposals:
-        for _, image in _images(source, split):
+        for _, image in lookup.in_order(source, split):
             (answer,) = predictor.predict([image])
             assert not isinstance(answer, ImageError)
             yield answer
@@ -99,10 +100,3 @@ def _offline(bundle: Bundle, source: shards.Shards, split: Split) -> Iterator[An
     loader = Loader(source, model.spec, Loading(batch_size=predictor.batch_size, num_tasks=0))
     for batch in loader.evaluate(split):
         yield from predictor.predict_batch(batch)
-
-
-def _images(source: shards.Shards, split: Split) -> Iterator[tuple[str, bytes]]:
-    for shard in source.manifest.of(split):
-        table = shards.read(source.path / shard.name, range(len(shard.row_groups)), ["image_id", "image"])
-        for image_id, image in zip(table.column("image_id"), table.column("image"), strict=True):
-            yield image_id.as_py(), image.as_py()

@@ -30,10 +30,10 @@ from pipeline.evaluation.live import evaluate_detector as judge
 from pipeline.evaluation.report import ClassificationReport, Evaluation, evidence_metrics
 from pipeline.evaluation.sightings import Sighting
 from pipeline.inference import bundle
-from pipeline.models._contract import Classifier, Task
+from pipeline.models._contract import Classifier
 from pipeline.models._detector import Detector, check_proposals
 from pipeline.tracking.predictions import Origin, Predictions, merge
-from pipeline.types import Detections, Float32Array, Split, Views
+from pipeline.types import Detections, Float32Array, Split, Task, Views
 
 BATCHES_PER_CHUNK = 8
 BATCH_SIZE: dict[Task, int] = {"classification": 64, "detection": 8}

@@ -32,8 +32,7 @@ from pipeline.data.sheet import drawn
 from pipeline.errors import DataError, ImageError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.models._contract import Task
-from pipeline.types import Classification, Detections, Split
+from pipeline.types import Classification, Detections, Split, Task
 
 PLAN, DONE = "plan.json", "done.json"
 MAX_NAME = 180  # characters of a picture's file name; file systems take 255 bytes

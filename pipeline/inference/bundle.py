@@ -24,7 +24,8 @@ from pipeline.data import regions
 from pipeline.errors import BundleError
 from pipeline.imaging import Decoding
 from pipeline.models import Model
-from pipeline.models._contract import ModelConfig, Task
+from pipeline.models._contract import ModelConfig
+from pipeline.types import Task
 
 WEIGHTS = "weights.safetensors"
 CARD = "model.json"

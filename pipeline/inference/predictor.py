@@ -20,8 +20,7 @@ from pipeline.data import lookup, regions
 from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
 from pipeline.inference.bundle import Bundle
-from pipeline.models._contract import Task
-from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample
+from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample, Task
 
 BATCH_SIZE: dict[Task, int] = {"classification": 32, "detection": 8}
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline import boxes
 from pipeline.errors import ConfigError
-from pipeline.models._contract import Task
+from pipeline.types import Task
 
 Form = Literal["jsonl", "coco", "voc"]
 Row = dict[str, Any]

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from pipeline.batch import Batch
 from pipeline.config import Strict
 from pipeline.errors import ModelError
-from pipeline.types import Classification, Frame, InputSpec, Spec
+from pipeline.types import Classification, Frame, InputSpec, Spec, Task
 
-Task = Literal["classification", "detection"]
 Stage = Literal["fit", "solve"]
 """Of a training: `fit` is the training loop, `solve` finds last layers that have a best solution (`training.solve`)."""
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to "L" and JPEG's Y

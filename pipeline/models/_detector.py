@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, BoxTargets
 from pipeline.config import Strict
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models._contract import ModelConfig, Normalize, Task
-from pipeline.types import Detections, DetectorSpec, Frame
+from pipeline.models._contract import ModelConfig, Normalize
+from pipeline.types import Detections, DetectorSpec, Frame, Task
 
 MOST_CANDIDATES = 1000
 """Of an image, the best that suppression looks at: enough for any picture, and what keeps its time bounded."""

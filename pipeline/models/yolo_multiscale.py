@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from pipeline.batch import Batch, BoxTargets
+from pipeline.errors import ModelError
 from pipeline.models import _backbones
 from pipeline.models._backbones import normed
 from pipeline.models._detector import Candidates, Detector, DetectorConfig
@@ -136,8 +137,17 @@ class YoloMultiscale(Detector):
         self.config = config
 
     def forward(self, batch: Batch) -> Outputs:
-        """Boxes and logits of every cell."""
+        """Boxes and logits of every cell.
+
+        Raises:
+            ModelError: images have other channels than specified, or in training are one cell of the coarsest map.
+        """
         images = self.normalized(batch, STRIDES[-1])
+        if self.training and len(images) == 1 and max(images.shape[2:]) == STRIDES[-1]:
+            raise ModelError(
+                f"expected more than one cell of {STRIDES[-1]}x{STRIDES[-1]} pixels to normalise over in training, got "
+                f"a batch of one image of {batch.sizes_hw[0]}; take larger images or batches"
+            )
         raw = self.network(images).float()
         centres, strides = _cells(images.shape[2], images.shape[3], images.device)
         reach = F.softplus(raw[..., :4]) * strides[:, None]

@@ -35,10 +35,10 @@ from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.models._contract import Task
 from pipeline.tracking import connection, journal
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
+from pipeline.types import Task
 
 CHAMPION = "champion"
 DIGEST_TAG = "bundle_sha256"

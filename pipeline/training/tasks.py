@@ -110,7 +110,7 @@ class Detection(Task):
 
     def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         """The model's."""
-        return self._model.loss(outputs, live.boxes_of(batch))
+        return self._model.loss(outputs, batch.boxes)
 
     def measure(self, model: Model, batches: Iterable[Batch], device: torch.device | str) -> dict[str, float]:
         """Average precisions and loss."""

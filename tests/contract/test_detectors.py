@@ -279,6 +279,20 @@ def test_pictures_far_longer_than_wide_are_learnt_from_and_answered(name: str, k
 
 
 @every_case
+def test_exported_network_gives_equal_outputs_for_any_number_of_inputs(name: str, keys: dict[str, Any]) -> None:
+    model, inputs = build(name, keys).eval(), []
+    model.network.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        model(pictures(3))
+    whole = inputs[0]
+    count = torch.export.Dim("count")
+    exported = torch.export.export(model.network, (whole[:2],), dynamic_shapes=({0: count},)).module()
+    for number in (1, len(whole)):
+        with torch.no_grad():
+            torch.testing.assert_close(exported(whole[:number]), model.network(whole[:number]), rtol=1e-4, atol=1e-5)
+
+
+@every_case
 def test_state_dict_survives_safetensors_and_holds_no_constants(name: str, keys: dict[str, Any]) -> None:
     model = build(name, keys).eval()
     state = load(save({key: value.contiguous() for key, value in model.state_dict().items()}))

@@ -15,7 +15,6 @@ from torchvision.ops import box_iou
 from pipeline import config as configuration
 from pipeline.batch import Batch, BoxTargets
 from pipeline.errors import ConfigError, ModelError
-from pipeline.evaluation import live
 from pipeline.models import _regions, fast_rcnn
 from pipeline.models._regions import Lesson, Outputs, RegionPool, Regions
 from pipeline.models.fast_rcnn import Config, FastRCNN
@@ -58,7 +57,7 @@ def scene(proposals: list[Box], objects: bool = True) -> Batch:
 
 
 def losses(model: FastRCNN, batch: Batch) -> dict[str, Tensor]:
-    return model.loss(model(batch), live.boxes_of(batch))
+    return model.loss(model(batch), batch.boxes)
 
 
 def drawn(model: FastRCNN, batch: Batch) -> tuple[list[Box], list[int]]:
@@ -255,7 +254,7 @@ def test_validation_loss_is_finite_and_leaves_answers_alone() -> None:
     model, batch = build().eval(), scene([*NEAR, *FAR])
     with torch.inference_mode():
         outputs = model(batch)
-        found = model.loss(outputs, live.boxes_of(batch))
+        found = model.loss(outputs, batch.boxes)
         plain = model(Batch(batch.images, proposals=batch.proposals))
     assert all(value.isfinite() and value > 0 for value in found.values())
     assert torch.equal(outputs.regions.logits, plain.regions.logits)

@@ -15,7 +15,6 @@ from torchvision.ops import box_iou
 from pipeline import config as configuration
 from pipeline.batch import Batch, BoxTargets
 from pipeline.errors import ConfigError, ModelError
-from pipeline.evaluation import live
 from pipeline.models import _regions, faster_rcnn
 from pipeline.models._detector import Selection
 from pipeline.models._regions import AnchorLesson, Lesson, Outputs, Regions
@@ -72,7 +71,7 @@ def scene() -> Batch:
 
 
 def losses(model: FasterRCNN, batch: Batch) -> dict[str, Tensor]:
-    return model.loss(model(batch), live.boxes_of(batch))
+    return model.loss(model(batch), batch.boxes)
 
 
 def torchvisions(name: str, num_classes: int, **keys: Any) -> nn.Module:
@@ -212,13 +211,13 @@ def test_validation_loss_is_finite_and_leaves_model_and_answers_alone() -> None:
     batch = scene()
     with torch.inference_mode():
         outputs = model(batch)
-        found = model.loss(outputs, live.boxes_of(batch))
+        found = model.loss(outputs, batch.boxes)
         plain = model(dataclasses.replace(batch, targets=None))
     assert all(value.isfinite() and value > 0 for value in found.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(outputs.regions.logits, plain.regions.logits)
     with pytest.raises(ModelError, match="targets"):
-        model.loss(plain, live.boxes_of(batch))
+        model.loss(plain, batch.boxes)
 
 
 def test_answers_are_refused_of_outputs_in_training() -> None:
@@ -283,7 +282,7 @@ def found_by_heart(model: FasterRCNN, batch: Batch) -> bool:
     with torch.no_grad():
         answer = model.eval().postprocess(model(batch), batch.frames)[0]
     model.train()
-    return all(lies_on(answer, label, box) for label, box in enumerate(live.boxes_of(batch).boxes_xyxy))
+    return all(lies_on(answer, label, box) for label, box in enumerate(batch.boxes.boxes_xyxy))
 
 
 def lies_on(answer: Detections, label: int, box: Tensor) -> bool:

@@ -19,7 +19,6 @@ from pipeline import boxes as geometry
 from pipeline import config as configuration
 from pipeline.batch import Batch, BoxTargets
 from pipeline.errors import ConfigError, ModelError
-from pipeline.evaluation import live
 from pipeline.inference import bundle
 from pipeline.models import rcnn
 from pipeline.models._solvable import Examples, Layer, Solvable
@@ -355,7 +354,7 @@ def test_candidates_of_training_and_loss_without_targets_are_refused() -> None:
     with pytest.raises(ModelError, match=r"model\.eval\(\)"):
         model.candidates(model.train()(batch))
     with pytest.raises(ModelError, match="whose targets are boxes"):
-        model.loss(model.eval()(replace(batch, targets=None)), live.boxes_of(batch))
+        model.loss(model.eval()(replace(batch, targets=None)), batch.boxes)
 
 
 # What there is to solve the last layers from.
@@ -376,7 +375,7 @@ def examples_of(model: RCNN, batch: Batch) -> Examples:
 
 def with_objects(batch: Batch) -> list[Tensor]:
     """Of each picture its objects, then what is proposed."""
-    found = live.boxes_of(batch).per_image()
+    found = batch.boxes.per_image()
     return [torch.cat([boxes, proposed]) for (boxes, _), proposed in zip(found, batch.proposals, strict=True)]
 
 
@@ -393,7 +392,7 @@ def test_examples_are_the_objects_of_each_image_and_then_its_proposals() -> None
 def test_examples_are_compared_with_every_object_of_their_image() -> None:
     batch = noisy_batch()
     found, row = examples_of(build(num_classes=3), batch), 0
-    for regions, (boxes, labels) in zip(with_objects(batch), live.boxes_of(batch).per_image(), strict=True):
+    for regions, (boxes, labels) in zip(with_objects(batch), batch.boxes.per_image(), strict=True):
         for region in regions:
             shared = [float(geometry.iou(region[None].numpy(), box[None].numpy())[0, 0]) for box in boxes]
             best = [
@@ -522,7 +521,7 @@ def test_one_image_of_two_without_proposals_leaves_the_other_alone(scorer: Score
 def test_images_without_any_region_are_trained_and_nothing_is_found_in_them(scorer: Scorer) -> None:
     model = build(scorer=scorer).train()
     batch = replace(scene([]), targets=targets_of(([], [])))
-    losses = model.loss(model(batch), live.boxes_of(batch))
+    losses = model.loss(model(batch), batch.boxes)
     assert all(value == 0 for value in losses.values())
     torch.autograd.backward([*losses.values()])
     assert all(parameter.grad is not None and (parameter.grad == 0).all() for parameter in model.parameters())
@@ -536,7 +535,7 @@ def test_regions_without_area_are_survived(scorer: Scorer) -> None:
     model = build(scorer=scorer).train()
     regions: list[Box] = [[10, 10, 10, 30], [0, 0, 0, 0], [30, 10, 30.5, 10.5], [-40, -40, -20, -20]]
     batch = scene(regions)
-    torch.autograd.backward([*model.loss(model(batch), live.boxes_of(batch)).values()])
+    torch.autograd.backward([*model.loss(model(batch), batch.boxes).values()])
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
     with torch.no_grad():
         (answer,) = model.eval().postprocess(model(batch), batch.frames)
@@ -548,7 +547,7 @@ def test_validation_loss_is_finite_and_leaves_answers_alone(scorer: Scorer) -> N
     model, batch = build(scorer=scorer).eval(), scene([*NEAR, RED])
     with torch.inference_mode():
         outputs = model(batch)
-        found = model.loss(outputs, live.boxes_of(batch))
+        found = model.loss(outputs, batch.boxes)
         plain = model(replace(batch, targets=None))
     assert all(value.isfinite() and value > 0 for value in found.values())
     assert torch.equal(outputs.answers.logits, plain.answers.logits)
@@ -561,7 +560,7 @@ def test_two_rectangles_are_learnt_by_heart() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     for step in range(120):
         optimizer.zero_grad()
-        torch.autograd.backward([*model.loss(model(batch), live.boxes_of(batch)).values()])
+        torch.autograd.backward([*model.loss(model(batch), batch.boxes).values()])
         optimizer.step()
         if step % 10 == 9 and knows(model, batch):
             return
