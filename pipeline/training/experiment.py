@@ -112,7 +112,7 @@ def finished(name: str, config: Config, folder: Path) -> Outcome | None:
     record = Record.of(folder) if config.resume else None
     if record is None or not record.is_finished:
         return None
-    if record.recipe != config.recipe.model_dump(mode="json"):
+    if not record.began_with(config.recipe):
         raise ConfigError(f"{folder}: the run '{name}' was finished with another recipe; choose another name")
     files = {split: folder / f"report-{split}.json" for split in config.evaluate}
     if not all(file.exists() for file in files.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.config import Strict
 from pipeline.errors import DataError
 from pipeline.tracking import registry
 from pipeline.training.launch import RECORD
+from pipeline.training.recipe import Recipe
 
 
 class Record(Strict):
@@ -43,6 +45,13 @@ class Record(Strict):
             return None
         except (OSError, ValidationError):
             raise DataError(f"{folder / RECORD}: not readable; delete it to go on as a new run in MLflow") from None
+
+    def began_with(self, recipe: Recipe) -> bool:
+        """Whether that is its recipe; keys that did not exist yet had what is their default now."""
+        try:
+            return Recipe.model_validate_json(json.dumps(self.recipe)) == recipe
+        except ValidationError:
+            return False
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
