@@ -66,7 +66,7 @@ class Bundle:
     card: Card
 
     def build(self, device: torch.device | str = "cpu") -> Model:
-        """The model with its weights, in evaluation mode on `device`.
+        """The model with its weights, in evaluation mode on `device`, in the layout of quick convolutions.
 
         Raises:
             BundleError: the weights do not fit the architecture.
@@ -79,7 +79,8 @@ class Bundle:
             raise BundleError(
                 f"{self.path / WEIGHTS}: the weights do not fit {self.card.model.name}: {reason}"
             ) from None
-        return model.to(device).eval()
+        model.to(device).to(memory_format=torch.channels_last)
+        return model.eval()
 
 
 def save(
