@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import boxes as geometry
 from pipeline import models
 from pipeline.config import parse
 from pipeline.data import rows, shards
@@ -184,3 +185,21 @@ def test_any_number_of_candidates_becomes_as_many_detections_as_were_asked_for(
     boxes, labels, kept = choose(candidates, Selection(max_detections=most))
     assert (len(boxes), len(labels), len(kept)) == (left, left, left)
     torch.testing.assert_close(kept, scores[:, 0].flip(0)[:left])  # the best
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("spread", "most"), [(400.0, 100), (60.0, 100), (20.0, 100), (400.0, 1000), (400.0, 1)])
+def test_what_is_left_is_what_suppression_of_all_candidates_leaves(seed: int, spread: float, most: int) -> None:
+    """Also where nearly all lie on each other, so that the best do not suffice; against plain loops."""
+    random = torch.manual_seed(seed)
+    at = torch.rand(700, 2, generator=random) * spread
+    boxes = torch.cat([at, at + 20 + torch.rand(700, 2, generator=random) * 20], dim=1)
+    scores = torch.rand(700, 1, generator=random)
+    left: list[int] = []
+    for place in scores[:, 0].argsort(descending=True).tolist():
+        others = geometry.iou(boxes[left].numpy(), boxes[place : place + 1].numpy()) if left else np.zeros(1)
+        if others.max() <= 0.5:
+            left.append(place)
+    found = choose(Candidates(boxes, scores), Selection(score_threshold=0.0, iou_threshold=0.5, max_detections=most))
+    torch.testing.assert_close(found[0], boxes[left[:most]])
+    torch.testing.assert_close(found[2], scores[left[:most], 0])
