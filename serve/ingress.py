@@ -1,4 +1,4 @@
-"""HTTP in, HTTP out: reads one image per request under limits, asks a model, and says what it answered.
+"""HTTP in, HTTP out: takes the images of a request, asks a model about them, and says what it answered.
 
 It holds no model and decodes nothing: it knows the names and versions that are served and a way to ask them, so
 `application` stands on any ASGI server, and `Endpoint` is what Ray Serve makes of it. Neither imports torch. The
@@ -10,23 +10,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Protocol, cast
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.requests import ClientDisconnect
 
 from pipeline.config import nearest
-from serve import problems
+from serve import bodies, problems
 from serve.problems import Problem, ProblemOut
 from serve.schemas import (
     Answer,
+    Answers,
+    Asked,
     DetectedObject,
     Limits,
     ModelList,
     ModelOut,
     Prediction,
     Refused,
+    Result,
     Served,
     Timing,
     Told,
@@ -34,14 +37,14 @@ from serve.schemas import (
 )
 
 READY_S = 2.0
-MAX_DETECTIONS = 1000  # of one image, that a request may ask for
+PICTURE = "image/png"
 
 
 class Ask(Protocol):
     """How a model is reached."""
 
-    def predict(self, name: str, data: bytes, wanted: Wanted) -> Awaitable[Told | Refused]:
-        """What a model says of an encoded image."""
+    def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> Awaitable[list[Told | Refused]]:
+        """What a model says of each encoded image."""
 
     def ready(self, name: str) -> Awaitable[bool]:
         """True as soon as a replica of the model is loaded."""
@@ -58,8 +61,10 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     app.get("/healthz", response_class=PlainTextResponse)(ingress.healthz)
     app.get("/readyz")(ingress.readyz)
     app.get("/models")(ingress.models)
-    body = {"requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string"}}}}}
-    app.post("/predict/{model}", response_model=Answer, openapi_extra=body)(ingress.predict)
+    body = {"requestBody": {"required": True, "content": bodies.CONTENT}}
+    app.post("/predict/{model}", response_model=Answer | Answers, openapi_extra=body)(ingress.predict)
+    versions = "/predict/{model}/versions/{version}"
+    app.post(versions, response_model=Answer | Answers, openapi_extra=body)(ingress.predict_version)
     return app
 
 
@@ -75,9 +80,9 @@ class Endpoint:
         """The application, made where it runs."""
         return application(self.served, self.limits, self)
 
-    async def predict(self, name: str, data: bytes, wanted: Wanted) -> Told | Refused:
+    async def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
         """Ask a replica of the model."""
-        return cast(Told | Refused, await self.handles[name].predict.remote(data, wanted))
+        return cast(list[Told | Refused], await self.handles[name].predict.remote(images, wanted))
 
     async def ready(self, name: str) -> bool:
         """Whether a replica of the model answers."""
@@ -108,75 +113,62 @@ class Ingress:
         """List what is served."""
         return ModelList(models=[_model_out(model) for model in self.served.values()])
 
-    async def predict(
-        self,
-        request: Request,
-        model: str,
-        top_k: Annotated[int | None, Query(ge=1)] = None,
-        score_threshold: Annotated[float | None, Query(ge=0, le=1)] = None,
-        max_detections: Annotated[int | None, Query(ge=1, le=MAX_DETECTIONS)] = None,
-    ) -> Response:
-        """Rank the classes of one encoded image, or find its objects (JPEG, PNG or WebP, whatever the content type).
+    async def predict(self, request: Request, model: str, asked: Annotated[Asked, Query()]) -> Response:
+        """Rank the classes of encoded images (JPEG, PNG or WebP), or find their objects.
 
-        `top_k` is for classifiers, `score_threshold` (0.25) and `max_detections` (100) are for detectors.
+        The body is one image as it is, or several: files of multipart/form-data, or `{"images": ["<base64>", ...]}`.
+        `model` may name the alias too, as in `digits@champion`. A detector that is asked for `image/png` draws its
+        boxes.
         """
-        found = self._find(model)
-        wanted = _wanted(found, top_k, score_threshold, max_detections)
-        with self._room():
-            answer = await self._ask(model, await self._body(request), wanted)
-        if isinstance(answer, Refused):
-            raise problems.of_image(answer)
-        told = _answer(found, problems.request_id(request), answer)
-        return Response(told.model_dump_json(), media_type="application/json")
+        return await self._predict(request, self._find(model), asked)
 
-    def _find(self, name: str) -> Served:
+    async def predict_version(
+        self, request: Request, model: str, version: str, asked: Annotated[Asked, Query()]
+    ) -> Response:
+        """The same, of the version that is named or of none."""
+        return await self._predict(request, self._find(model, version), asked)
+
+    async def _predict(self, request: Request, found: Served, asked: Asked) -> Response:
+        wanted = _wanted(found, asked, _accepts_picture(request))
+        with self._room():
+            images = await bodies.images(request, self.limits)
+            if wanted.picture and len(images.data) > 1:
+                raise Problem(406, "picture", f"Expected one image to draw boxes on, got {len(images.data)}.")
+            with self._room(len(images.data) - 1):
+                answers = await self._ask(found.name, images.data, wanted)
+        told = _told(answers, images.is_plain)
+        if wanted.picture:
+            return Response(told[0].picture, media_type=PICTURE)
+        shown = _shown(found, problems.request_id(request), told, images.is_plain)
+        return Response(shown.model_dump_json(), media_type="application/json")
+
+    def _find(self, address: str, version: str | None = None) -> Served:
+        """The model of a path `name` or `name@alias`, and perhaps a version."""
+        name, _, alias = address.partition("@")
         if name not in self.served:
             raise Problem(404, "unknown_model", f"no model is called '{name}'; {nearest(name, list(self.served))}")
-        return self.served[name]
+        found = self.served[name]
+        if (alias and alias != found.alias) or version not in {None, found.version}:
+            wanted = f"version {version}" if version else f"alias {alias}"
+            here = f"version {found.version}" + (f" ({found.alias})" if found.alias else "")
+            raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {here} is.")
+        return found
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
-        """Count a request in, before its body is read, and out."""
-        if self.inflight >= self.limits.max_inflight:
+    def _room(self, count: int = 1) -> Iterator[None]:
+        """Count images in, and out."""
+        if self.inflight + count > self.limits.max_inflight:
             raise problems.overloaded()
-        self.inflight += 1
+        self.inflight += count
         try:
             yield
         finally:
-            self.inflight -= 1
+            self.inflight -= count
 
-    async def _body(self, request: Request) -> bytes:
-        if int(request.headers.get("content-length") or 0) > self.limits.max_body_bytes:
-            raise self._too_large()
-        try:
-            async with asyncio.timeout(self.limits.body_s):
-                return await self._read(request)
-        except TimeoutError:
-            raise Problem(408, "slow_body", f"The body did not arrive within {self.limits.body_s:g} s.") from None
-        except ClientDisconnect:
-            raise Problem(400, "disconnected", "The client went away before its body had arrived.") from None
-
-    async def _read(self, request: Request) -> bytes:
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > self.limits.max_body_bytes:
-                raise self._too_large()
-            chunks.append(chunk)
-        if not size:
-            raise Problem(400, "image_empty", "Expected an encoded image as the request's body, got no bytes at all.")
-        return b"".join(chunks)
-
-    def _too_large(self) -> Problem:
-        limit = self.limits.max_body_bytes
-        # What is left of the body is not read: the connection cannot be used again.
-        return Problem(413, "too_large", f"The body is larger than {limit} bytes.", {"Connection": "close"})
-
-    async def _ask(self, name: str, data: bytes, wanted: Wanted) -> Told | Refused:
+    async def _ask(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
         try:
             async with asyncio.timeout(self.limits.answer_s):
-                return await self.ask.predict(name, data, wanted)
+                return await self.ask.predict(name, images, wanted)
         except Exception as error:
             raise problems.of_exception(error) from error
 
@@ -188,26 +180,41 @@ class Ingress:
             return problems.of_exception(error).code == "overloaded"  # too busy to say so is ready enough
 
 
-def _wanted(found: Served, top_k: int | None, score_threshold: float | None, max_detections: int | None) -> Wanted:
+def _wanted(found: Served, asked: Asked, picture: bool) -> Wanted:
     """What a request asks of a model, each key being one of its task."""
-    plain = Wanted()
-    if found.task == "classification":
-        wrong = {"score_threshold": score_threshold, "max_detections": max_detections}
-    else:
-        wrong = {"top_k": top_k}
-    for key, value in wrong.items():
-        if value is not None:
+    plain, given = Wanted(), asked.model_dump(exclude_none=True)
+    for key in given:
+        if (key == "top_k") != (found.task == "classification"):
             raise Problem(422, "query", f"query.{key}: {found.name} is for {found.task}, leave it out.")
-    if top_k is not None and top_k > found.num_classes:
-        raise Problem(422, "query", f"query.top_k: {found.name} has {found.num_classes} classes, got {top_k}.")
-    return Wanted(
-        top_k or min(plain.top_k, found.num_classes),
-        plain.score_threshold if score_threshold is None else score_threshold,
-        plain.max_detections if max_detections is None else max_detections,
-    )
+    if asked.top_k is not None and asked.top_k > found.num_classes:
+        raise Problem(422, "query", f"query.top_k: {found.name} has {found.num_classes} classes, got {asked.top_k}.")
+    if picture and found.task != "detection":
+        raise Problem(406, "picture", f"{found.name} is for {found.task} and has no boxes to draw; accept JSON.")
+    return replace(plain, **{"top_k": min(plain.top_k, found.num_classes)} | given, picture=picture)
 
 
-def _answer(found: Served, request_id: str, told: Told) -> Answer:
+def _accepts_picture(request: Request) -> bool:
+    """Whether a picture is wanted rather than JSON: it is named, and JSON is not."""
+    accepted = [kind.partition(";")[0].strip() for kind in request.headers.get("accept", "").lower().split(",")]
+    return PICTURE in accepted and "application/json" not in accepted
+
+
+def _told(answers: Sequence[Told | Refused], is_plain: bool) -> list[Told]:
+    """What was answered, if it is about every image."""
+    for at, answer in enumerate(answers):
+        if isinstance(answer, Refused):
+            raise problems.of_image(answer, "" if is_plain else f"images.{at}: ")
+    return [answer for answer in answers if isinstance(answer, Told)]
+
+
+def _shown(found: Served, request_id: str, told: Sequence[Told], is_plain: bool) -> Answer | Answers:
+    model, results = _model_out(found), list(map(_result, told))
+    if is_plain:
+        return Answer(model=model, request_id=request_id, **dict(results[0]))
+    return Answers(model=model, request_id=request_id, results=results)
+
+
+def _result(told: Told) -> Result:
     rows = zip(told.labels, told.class_names, told.scores, strict=True)
     predictions: list[DetectedObject] | list[Prediction]
     if told.boxes is None:
@@ -217,12 +224,8 @@ def _answer(found: Served, request_id: str, told: Told) -> Answer:
             DetectedObject(label=label, class_name=name, score=score, box=box)
             for (label, name, score), box in zip(rows, told.boxes, strict=True)
         ]
-    return Answer(
-        model=_model_out(found),
-        request_id=request_id,
-        predictions=predictions,
-        timing_ms=Timing(decode=told.decode_ms, queue=told.queue_ms, infer=told.infer_ms),
-    )
+    timing = Timing(decode=told.decode_ms, queue=told.queue_ms, infer=told.infer_ms)
+    return Result(predictions=predictions, timing_ms=timing)
 
 
 def _model_out(model: Served) -> ModelOut:
