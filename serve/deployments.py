@@ -71,7 +71,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         start_s = time.perf_counter()
         try:
-            sample = await loop.run_in_executor(self.decoders, self.predictor.decode, data)
+            sample = await loop.run_in_executor(self.decoders, self._sample, data, wanted.pixels)
         except ImageError as error:
             return Refused(error.reason, str(error))
         decoded_s = time.perf_counter()
@@ -90,6 +90,10 @@ class Replica:
             queue_ms=_ms(decoded_s, done.began_s),
             infer_ms=_ms(done.began_s, done.ended_s),
         )
+
+    def _sample(self, data: bytes, pixels: bool) -> Sample:
+        policy = self.predictor.card.decoding
+        return self.predictor.decode(data, decoding=policy.model_copy(update={"formats": ("NPY",)}) if pixels else policy)
 
     def _select(self, wanted: Wanted) -> Selection:
         """By what overlap candidates are suppressed, and how many are kept; of no importance to a classifier."""

@@ -163,6 +163,7 @@ class Wanted:
         top_k: classes, of a classifier.
         score_threshold, iou_threshold, max_detections: of a detector; None: the overlap that its model suppresses from.
         picture: whether the image is wanted back with its boxes drawn.
+        pixels: whether the images are NumPy files of uint8 [H, W, 3] instead of encoded.
     """
 
     top_k: int = 5
@@ -170,6 +171,7 @@ class Wanted:
     iou_threshold: float | None = None
     max_detections: int = 100
     picture: bool = False
+    pixels: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from pipeline.batch import Batch, of_equal_size, to_batch
 from pipeline.data import lookup, regions
 from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
+from pipeline.imaging import Decoding
 from pipeline.inference.bundle import Bundle
 from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample, Task
@@ -42,25 +43,30 @@ class Predictor:
         if self.card.model.needs_proposals:
             regions.opencv_version()  # now, not at the first image
 
-    def decode(self, data: bytes, image_id: str = "") -> Sample:
+    def decode(self, data: bytes, image_id: str = "", *, decoding: Decoding | None = None) -> Sample:
         """Turn encoded bytes into the model's input.
+
+        Args:
+            data: an image.
+            image_id: its name in the sample.
+            decoding: what is accepted, instead of what the bundle says.
 
         Raises:
             ImageError: the bytes are not an image this project accepts.
         """
-        spec = self.model.spec
+        spec, policy = self.model.spec, decoding or self.card.decoding
         if isinstance(spec, InputSpec):
-            image, frame = classify.evaluation(data, spec, self.card.decoding)
+            image, frame = classify.evaluation(data, spec, policy)
             return Sample(image=image, frame=frame, image_id=image_id)
         if self.card.model.needs_proposals:
-            return self._with_proposals(data, spec, image_id)
-        view = detect.evaluation(data, spec.fit, decoding=self.card.decoding)
+            return self._with_proposals(data, spec, image_id, policy)
+        view = detect.evaluation(data, spec.fit, decoding=policy)
         return Sample(image=view.image, frame=view.frame, image_id=image_id)
 
-    def _with_proposals(self, data: bytes, spec: DetectorSpec, image_id: str) -> Sample:
-        picture = imaging.decode(data, self.card.decoding)  # every pixel; the model may be shown a reduction
+    def _with_proposals(self, data: bytes, spec: DetectorSpec, image_id: str, decoding: Decoding) -> Sample:
+        picture = imaging.decode(data, decoding)  # every pixel; the model may be shown a reduction
         found = regions.selective_search(lookup.visible(picture), self.card.search)
-        view = detect.evaluation(data, spec.fit, decoding=self.card.decoding, proposals=found)
+        view = detect.evaluation(data, spec.fit, decoding=decoding, proposals=found)
         return Sample(image=view.image, frame=view.frame, image_id=image_id, proposals=view.proposals)
 
     @property
