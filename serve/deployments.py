@@ -93,7 +93,9 @@ class Replica:
 
     def _sample(self, data: bytes, pixels: bool) -> Sample:
         policy = self.predictor.card.decoding
-        return self.predictor.decode(data, decoding=policy.model_copy(update={"formats": ("NPY",)}) if pixels else policy)
+        if pixels:
+            policy = policy.model_copy(update={"formats": ("NPY",)})
+        return self.predictor.decode(data, decoding=policy)
 
     def _select(self, wanted: Wanted) -> Selection:
         """By what overlap candidates are suppressed, and how many are kept; of no importance to a classifier."""

@@ -1,4 +1,4 @@
-"""Between requests and models, whatever protocol a request speaks: which models there are, how much is in hand, how long.
+"""Between requests and models, in any protocol: which models there are, how many images are in hand, for how long.
 
 A gate holds no model and knows no HTTP; `Ask` is how the replicas are reached. Refusals are `Problem`s.
 """

@@ -6,9 +6,9 @@ Spoken are health, metadata, inference with tensors in JSON or binary, a body th
 The input is `image`: BYTES [N], encoded images, or UINT8 [N, H, W, 3], their pixels. A classifier's outputs are
 `probabilities` FP32 [N, C] and the best of them `top_k_indices` INT64, `top_k_labels` BYTES and `top_k_scores` FP32
 [N, k]; a detector's `num_detections` INT32 [N, 1], and padded with zeros to M, the most of an image,
-`detection_boxes` FP32 [N, M, 4] (x_min, y_min, x_max, y_max in pixels of the upright original), `detection_scores` FP32,
-`detection_classes` INT32 and `detection_labels` BYTES [N, M]. Parameters are those of `POST /predict/{model}`, and
-`timeout` in microseconds.
+`detection_boxes` FP32 [N, M, 4] (x_min, y_min, x_max, y_max in pixels of the upright original), `detection_scores`
+FP32, `detection_classes` INT32 and `detection_labels` BYTES [N, M]. Parameters are those of `POST /predict/{model}`,
+and `timeout` in microseconds.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class InferIn(BaseModel):
 
 _TEXT = {"type": "string"}
 _NAMED: dict[str, Any] = {"name": _TEXT, "parameters": {"type": "object"}}
-_TENSOR = _NAMED | {"shape": {"type": "array", "items": {"type": "integer"}}, "datatype": _TEXT, "data": {"type": "array"}}
+_SHAPE = {"type": "array", "items": {"type": "integer"}}
+_TENSOR = _NAMED | {"shape": _SHAPE, "datatype": _TEXT, "data": {"type": "array"}}
 _REQUEST = {
     "id": {"type": "string", "maxLength": 256},
     "parameters": {"type": "object"},
@@ -114,8 +115,8 @@ def install(app: FastAPI, gate: Gate) -> None:
         names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
         parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
         body = {"requestBody": {"required": True, "content": CONTENT}} if path.endswith("infer") else {}
-        told = {"openapi_extra": {"parameters": parameters} | body, "tags": ["Open Inference Protocol"]}
-        app.add_api_route(path, handler, methods=[method], **told)
+        extra: dict[str, Any] = {"parameters": parameters} | body
+        app.add_api_route(path, handler, methods=[method], openapi_extra=extra, tags=["Open Inference Protocol"])
 
     add("GET", "/v2", routes.server)
     app.get("/v2/", include_in_schema=False)(routes.server)
@@ -282,24 +283,24 @@ def _only_image(inputs: Sequence[InputIn]) -> InputIn:
 
 
 def _tensor(image: InputIn, rest: bytes, limits: Limits) -> Tensor:
+    datatype, shape = image.datatype, tuple(image.shape)
+    is_encoded = datatype == "BYTES" and (len(shape) == 1 or shape[1:] == (1,))
+    if not is_encoded and not (datatype == "UINT8" and len(shape) == 4 and shape[3] == 3):
+        expected = "expected BYTES [N] or UINT8 [N, H, W, 3]"
+        raise ValueError(f"inputs.{INPUT}: {expected}, got {datatype[:20]} {[*shape]}")
+    if shape[0] > limits.max_images:
+        raise bodies.too_many(shape[0], limits)
     size = image.parameters.get("binary_data_size")
-    if image.datatype not in {"BYTES", "UINT8"}:
-        raise ValueError(f"inputs.{INPUT}: expected BYTES [N] or UINT8 [N, H, W, 3], got {image.datatype[:20]}")
-    expected = len(image.shape) in {1, 2} if image.datatype == "BYTES" else len(image.shape) == 4
-    if not expected or (len(image.shape) == 2 and image.shape[1] != 1) or (len(image.shape) == 4 and image.shape[3] != 3):
-        raise ValueError(f"inputs.{INPUT}: expected BYTES [N] or UINT8 [N, H, W, 3], got {image.datatype} {image.shape}")
-    if image.shape[0] > limits.max_images:
-        raise bodies.too_many(image.shape[0], limits)
     if size is None:
         if rest:
             raise ValueError(f"expected no bytes behind the JSON, got {len(rest)}; say binary_data_size of {INPUT}")
         is_base64 = image.parameters.get("content_type", "base64") == "base64"
-        return tensors.from_json(image.name, image.datatype, image.shape, image.data, base64_texts=is_base64)
+        return tensors.from_json(INPUT, datatype, shape, image.data, base64_texts=is_base64)
     if image.data is not None:
         raise ValueError(f"inputs.{INPUT}: expected data or binary_data_size, got both")
     if size != len(rest) or isinstance(size, bool):
         raise ValueError(f"inputs.{INPUT}: binary_data_size: {len(rest)} bytes follow the JSON, got {str(size)[:20]}")
-    return tensors.from_binary(image.name, image.datatype, image.shape, rest)
+    return tensors.from_binary(INPUT, datatype, shape, rest)
 
 
 def _encoded(image: Tensor) -> tuple[bytes, ...]:
@@ -395,4 +396,6 @@ def _best(output: OutputIn, told: Sequence[Told]) -> Tensor:
     if output.name != "probabilities" or told[0].boxes is not None or not isinstance(count, int) or count < 1:
         raise Problem(400, "infer", f"outputs.{output.name[:40]}: classification is a number, and for probabilities.")
     rows = [zip(one.scores, one.labels, one.class_names, strict=True) for one in told]
-    return tensors.of_texts(output.name, [[f"{score:f}:{at}:{name}" for score, at, name in islice(row, count)] for row in rows])
+    return tensors.of_texts(
+        output.name, [[f"{score:f}:{at}:{name}" for score, at, name in islice(row, count)] for row in rows]
+    )

@@ -1,7 +1,7 @@
 """Tensors as the Open Inference Protocol v2 sends them, in JSON and in its binary extension.
 
-Numbers are little-endian and row-major, an element of BYTES is its length as 32 bits and then itself. JSON has no bytes:
-there an element of BYTES is base64 where it is said to be (`parameters.content_type`), and text otherwise.
+Numbers are little-endian and row-major, an element of BYTES is its length as 32 bits and then itself. JSON has no
+bytes: there an element of BYTES is base64 where it is said to be (`parameters.content_type`), and text otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy.typing as npt
 MAX_ELEMENTS = 2**31
 NUMBERS: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
-    **{f"{kind}INT{bits}": np.dtype(f"<{letter}{bits // 8}") for kind, letter in (("U", "u"), ("", "i")) for bits in (8, 16, 32, 64)},
+    **{f"UINT{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
 }
 DATATYPES = (*NUMBERS, "BYTES")
@@ -78,7 +79,9 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: Any, *, base
     count = _count(name, datatype, shape)
     flat = _flat(name, data, count)
     if datatype == "BYTES":
-        return Tensor(name, datatype, tuple(shape), tuple(_bytes(name, at, one, base64_texts) for at, one in enumerate(flat)))
+        return Tensor(
+            name, datatype, tuple(shape), tuple(_bytes(name, at, one, base64_texts) for at, one in enumerate(flat))
+        )
     if datatype == "FP16":
         raise ValueError(f"inputs.{name}: FP16 has no form in JSON; send it binary, or as FP32")
     kind = bool if datatype == "BOOL" else (int, float) if datatype.startswith("FP") else int
@@ -124,7 +127,9 @@ def _elements(name: str, raw: bytes, count: int) -> Iterator[bytes]:
     for number in range(count):
         size = struct.unpack_from("<I", raw, at)[0] if at + 4 <= len(raw) else len(raw)
         if at + 4 + size > len(raw):
-            raise ValueError(f"inputs.{name}: element {number} of {count} ends behind the {len(raw)} bytes of the tensor")
+            raise ValueError(
+                f"inputs.{name}: element {number} of {count} ends behind the {len(raw)} bytes of the tensor"
+            )
         yield raw[at + 4 : at + 4 + size]
         at += 4 + size
     if at != len(raw):

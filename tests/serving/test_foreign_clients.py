@@ -1,7 +1,8 @@
-"""The Open Inference Protocol through clients that others wrote, unmodified, over real HTTP: HAProxy, ingress, model."""
+"""The Open Inference Protocol through a client that others wrote, unmodified, over real HTTP: proxy, ingress, model."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_triton_client_gets_what_it_asks_for_of_pixels(
     client: triton.InferenceServerClient, offline: Predictor, picture: Any, binary: bool
 ) -> None:
     image = picture(3, encoding="PNG")
-    pixels = np.asarray(Image.open(__import__("io").BytesIO(image)).convert("RGB"))[None]
+    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))[None]
     tensor = triton.InferInput("image", pixels.shape, "UINT8")
     tensor.set_data_from_numpy(pixels, binary_data=binary)
     wanted = [

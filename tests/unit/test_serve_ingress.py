@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError
 from serve.schemas import Refused, Wanted
 from tests.asgi import Client, ranked
 
+
 def test_predict_joins_the_body_and_names_the_version_that_answered() -> None:
     client = Client(ranked(2))
     status, body, _ = asyncio.run(client.post("/predict/digits?top_k=2", [b"ab", b"", b"c"]))

@@ -64,8 +64,8 @@ def test_pixels_reach_the_model_as_they_are() -> None:
     client, pixels = Client(ranked(10)), np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
     image = {"name": "image", "shape": [*pixels.shape], "datatype": "UINT8"}
     binary = image | {"parameters": {"binary_data_size": pixels.size}}
-    for said, rest in (({"inputs": [image | {"data": pixels.tolist()}]}, b""), ({"inputs": [binary]}, pixels.tobytes())):
-        assert post(client, said, rest)[0] == 200
+    for tensor, rest in ((image | {"data": pixels.tolist()}, b""), (binary, pixels.tobytes())):
+        assert post(client, {"inputs": [tensor]}, rest)[0] == 200
         _, images, wanted = client.models.asked[-1]
         assert wanted.pixels
         policy = imaging.Decoding(formats=("NPY",))
@@ -151,13 +151,15 @@ def test_deadline_of_the_client_is_kept() -> None:
     assert (status, body["code"]) == (504, "timeout")
 
 
+FOR_NOISE = Client(ranked(10))
+
+
 @settings(max_examples=300)
 @given(st.binary(max_size=60), st.integers(0, 60), st.integers(1, 3))
 def test_noise_behind_any_header_is_refused_or_read(noise: bytes, at: int, size: int) -> None:
-    client = Client(ranked(10))
     head = json.dumps({"inputs": [BINARY | {"shape": [size], "parameters": {"binary_data_size": len(noise)}}]}).encode()
     for body, length in ((head + noise, len(head)), (noise, at), (head[:at] + noise + head[at:], len(head))):
-        status, *_ = asyncio.run(client.post(INFER, [body], headers={HEADER: str(length)}))
+        status, *_ = asyncio.run(FOR_NOISE.post(INFER, [body], headers={HEADER: str(length)}))
         assert status in {200, 400, 413}
 
 

@@ -17,9 +17,15 @@ from serve import tensors
 from serve.tensors import NUMBERS, Tensor
 
 SHAPES = arrays.array_shapes(max_dims=4, max_side=4)
-NUMBER = st.sampled_from([*NUMBERS.items()]).flatmap(
-    lambda kind: st.tuples(st.just(kind[0]), arrays.arrays(kind[1], SHAPES, elements={"allow_nan": False} if kind[1].kind == "f" else None))
-)
+
+
+def _arrays(kind: tuple[str, np.dtype[Any]]) -> st.SearchStrategy[tuple[str, Any]]:
+    datatype, dtype = kind
+    elements = {"allow_nan": False} if dtype.kind == "f" else None
+    return st.tuples(st.just(datatype), arrays.arrays(dtype, SHAPES, elements=elements))
+
+
+NUMBER = st.sampled_from([*NUMBERS.items()]).flatmap(_arrays)
 
 
 @given(NUMBER)
