@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,24 @@ from functools import partial
 import ray.serve
 import torch
 
+from pipeline import imaging
 from pipeline.batch import to_batch
+from pipeline.data import lookup
+from pipeline.data.sheet import drawn
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
-from pipeline.types import Answer, Detections, Sample
-from serve.schemas import Box, ModelArgs, Refused, Served, Told, Wanted
+from pipeline.models._detector import Detector, Selection
+from pipeline.types import Answer, Classification, Detections, Sample
+from serve.schemas import ModelArgs, Refused, Served, Told, Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """One image that waits for a batch."""
+
+    sample: Sample
+    select: Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,42 +63,70 @@ class Replica:
         """Answer at all: the model is loaded before any request is taken."""
         return True
 
-    async def predict(self, data: bytes, wanted: Wanted) -> Told | Refused:
-        """Rank the classes of an encoded image, or find its objects."""
+    async def predict(self, images: Sequence[bytes], wanted: Wanted) -> list[Told | Refused]:
+        """Rank the classes of each encoded image, or find its objects."""
+        return await asyncio.gather(*(self._predict(data, wanted) for data in images))
+
+    async def _predict(self, data: bytes, wanted: Wanted) -> Told | Refused:
         loop = asyncio.get_running_loop()
         start_s = time.perf_counter()
         try:
-            sample = await loop.run_in_executor(self.decoders, self.predictor.decode, data)
+            sample = await loop.run_in_executor(self.decoders, self._sample, data, wanted.pixels)
         except ImageError as error:
             return Refused(error.reason, str(error))
         decoded_s = time.perf_counter()
-        done: _Inferred = await self.join(sample)
-        labels, scores, boxes = _chosen(done.answer, wanted)
+        done: _Inferred = await self.join(_Waiting(sample, self._select(wanted)))
+        best, boxes, picture = _best(done.answer, wanted), None, None
+        if isinstance(best, Detections):
+            boxes = tuple(map(tuple, best.boxes_xyxy.tolist()))
+            picture = await loop.run_in_executor(self.decoders, self._drawn, data, best) if wanted.picture else None
         return Told(
-            labels=tuple(labels),
-            class_names=tuple(self.predictor.classes[label] for label in labels),
-            scores=tuple(scores),
+            labels=tuple(best.labels.tolist()),
+            class_names=self._names(best),
+            scores=tuple(best.scores.tolist()),
             boxes=boxes,
+            picture=picture,
             decode_ms=_ms(start_s, decoded_s),
             queue_ms=_ms(decoded_s, done.began_s),
             infer_ms=_ms(done.began_s, done.ended_s),
         )
 
-    async def _infer(self, samples: list[Sample]) -> list[_Inferred]:
-        return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, samples)
+    def _sample(self, data: bytes, pixels: bool) -> Sample:
+        policy = self.predictor.card.decoding
+        if pixels:
+            policy = policy.model_copy(update={"formats": ("NPY",)})
+        return self.predictor.decode(data, decoding=policy)
 
-    def _compute(self, samples: list[Sample]) -> list[_Inferred]:
+    def _select(self, wanted: Wanted) -> Selection:
+        """By what overlap candidates are suppressed, and how many are kept; of no importance to a classifier."""
+        own = self.predictor.model.select if isinstance(self.predictor.model, Detector) else Selection()
+        overlap = own.iou_threshold if wanted.iou_threshold is None else wanted.iou_threshold
+        most = max(own.max_detections, wanted.max_detections)
+        return own.model_copy(update={"iou_threshold": overlap, "max_detections": most})
+
+    def _names(self, answer: Answer) -> tuple[str, ...]:
+        return tuple(self.predictor.classes[label] for label in answer.labels.tolist())
+
+    def _drawn(self, data: bytes, found: Detections) -> bytes:
+        said = [f"{name} {score:.2f}" for name, score in zip(self._names(found), found.scores.tolist(), strict=True)]
+        image = lookup.visible(imaging.decode(data, self.predictor.card.decoding))
+        return imaging.encode_png(drawn(image, found.boxes_xyxy, found.labels, said))
+
+    async def _infer(self, waiting: list[_Waiting]) -> list[_Inferred]:
+        return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, waiting)
+
+    def _compute(self, waiting: list[_Waiting]) -> list[_Inferred]:
         began_s = time.perf_counter()
-        answers = self.predictor.predict_batch(to_batch(samples))
+        batch, selects = to_batch([one.sample for one in waiting]), [one.select for one in waiting]
+        answers = self.predictor.predict_batch(batch, selects)
         return list(map(partial(_Inferred, began_s=began_s, ended_s=time.perf_counter()), answers))
 
 
-def _chosen(answer: Answer, wanted: Wanted) -> tuple[list[int], list[float], tuple[Box, ...] | None]:
-    """Labels, scores and boxes of what was asked for."""
+def _best(answer: Answer, wanted: Wanted) -> Answer:
+    """Of an answer what was asked for."""
     if isinstance(answer, Detections):
-        best = answer.best(wanted.score_threshold, wanted.max_detections)
-        return best.labels.tolist(), best.scores.tolist(), tuple(map(tuple, best.boxes_xyxy.tolist()))
-    return answer.labels[: wanted.top_k].tolist(), answer.scores[: wanted.top_k].tolist(), None
+        return answer.best(wanted.score_threshold, wanted.max_detections)
+    return Classification(answer.labels[: wanted.top_k], answer.scores[: wanted.top_k])
 
 
 def _ms(start_s: float, end_s: float) -> float:

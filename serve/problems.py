@@ -45,9 +45,9 @@ class Problem(Exception):  # noqa: N818  (it is an answer, not a failure)
         self.headers = headers or {}
 
 
-def of_image(refused: Refused) -> Problem:
+def of_image(refused: Refused, where: str = "") -> Problem:
     """The refusal of bytes that are not an image."""
-    return Problem(_IMAGE_STATUS.get(refused.reason, 422), f"image_{refused.reason}", refused.message)
+    return Problem(_IMAGE_STATUS.get(refused.reason, 422), f"image_{refused.reason}", where + refused.message)
 
 
 def of_exception(error: Exception) -> Problem:

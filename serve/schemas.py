@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.config import Strict
 from pipeline.types import Task
@@ -83,13 +83,16 @@ class Limits(Strict):
     """What one request, and all of them together, may take of an ingress replica.
 
     Attributes:
-        max_body_bytes: size of an encoded image.
-        max_inflight: requests in hand at once; with `max_body_bytes` it bounds the memory that bodies take.
+        max_body_bytes: size of a request's body, as it arrives and decompressed.
+        max_images: in one request.
+        max_inflight: images in hand at once, a request whose body has not arrived counting as one; with
+            `max_body_bytes` it bounds the memory that bodies take.
         body_s: time for the body to arrive.
         answer_s: time from the whole body to the answer.
     """
 
     max_body_bytes: int = Field(default=10 * MIB, ge=1, le=64 * MIB)
+    max_images: int = Field(default=32, ge=1, le=1024)
     max_inflight: int = Field(default=256, ge=1)
     body_s: float = Field(default=10.0, gt=0)
     answer_s: float = Field(default=30.0, gt=0)
@@ -141,18 +144,34 @@ class Served:
     task: Task = "classification"
 
 
+class Asked(BaseModel):
+    """The query of `POST /predict/{model}`: `top_k` is for classifiers, the other keys are for detectors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: int | None = Field(default=None, ge=1)
+    score_threshold: float | None = Field(default=None, ge=0, le=1)
+    iou_threshold: float | None = Field(default=None, ge=0, le=1)
+    max_detections: int | None = Field(default=None, ge=1, le=1000)
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a request asks of a replica, beside its image; each task takes its own.
 
     Attributes:
         top_k: classes, of a classifier.
-        score_threshold, max_detections: of a detector.
+        score_threshold, iou_threshold, max_detections: of a detector; None: the overlap that its model suppresses from.
+        picture: whether the image is wanted back with its boxes drawn.
+        pixels: whether the images are NumPy files of uint8 [H, W, 3] instead of encoded.
     """
 
     top_k: int = 5
     score_threshold: float = 0.25
+    iou_threshold: float | None = None
     max_detections: int = 100
+    picture: bool = False
+    pixels: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +180,7 @@ class Told:
 
     Attributes:
         boxes: (x_min, y_min, x_max, y_max) in pixels of the upright original; None where whole images are classified.
+        picture: PNG of the upright original with its boxes, where it is wanted.
     """
 
     labels: tuple[int, ...]
@@ -170,6 +190,7 @@ class Told:
     decode_ms: float
     queue_ms: float
     infer_ms: float
+    picture: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +231,26 @@ class Timing(BaseModel):
     infer: float
 
 
-class Answer(BaseModel):
-    """What `POST /predict/{model}` answers: the best classes, or the objects that were found, best first."""
+class Result(BaseModel):
+    """One image: its best classes, or the objects that were found in it, best first."""
+
+    predictions: list[DetectedObject] | list[Prediction]
+    timing_ms: Timing
+
+
+class Answer(Result):
+    """What `POST /predict/{model}` answers to a body that is an image."""
 
     model: ModelOut
     request_id: str
-    predictions: list[DetectedObject] | list[Prediction]
-    timing_ms: Timing
+
+
+class Answers(BaseModel):
+    """What it answers to several images, in their order."""
+
+    model: ModelOut
+    request_id: str
+    results: list[Result]
 
 
 class ModelList(BaseModel):

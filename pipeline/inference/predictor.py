@@ -10,7 +10,6 @@ trained with, which takes a second or more for a photo. Evaluation reads what `j
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 
@@ -19,7 +18,9 @@ from pipeline.batch import Batch, of_equal_size, to_batch
 from pipeline.data import lookup, regions
 from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
+from pipeline.imaging import Decoding
 from pipeline.inference.bundle import Bundle
+from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample, Task
 
 BATCH_SIZE: dict[Task, int] = {"classification": 32, "detection": 8}
@@ -42,25 +43,30 @@ class Predictor:
         if self.card.model.needs_proposals:
             regions.opencv_version()  # now, not at the first image
 
-    def decode(self, data: bytes, image_id: str = "") -> Sample:
+    def decode(self, data: bytes, image_id: str = "", *, decoding: Decoding | None = None) -> Sample:
         """Turn encoded bytes into the model's input.
+
+        Args:
+            data: an image.
+            image_id: its name in the sample.
+            decoding: what is accepted, instead of what the bundle says.
 
         Raises:
             ImageError: the bytes are not an image this project accepts.
         """
-        spec = self.model.spec
+        spec, policy = self.model.spec, decoding or self.card.decoding
         if isinstance(spec, InputSpec):
-            image, frame = classify.evaluation(data, spec, self.card.decoding)
+            image, frame = classify.evaluation(data, spec, policy)
             return Sample(image=image, frame=frame, image_id=image_id)
         if self.card.model.needs_proposals:
-            return self._with_proposals(data, spec, image_id)
-        view = detect.evaluation(data, spec.fit, decoding=self.card.decoding)
+            return self._with_proposals(data, spec, image_id, policy)
+        view = detect.evaluation(data, spec.fit, decoding=policy)
         return Sample(image=view.image, frame=view.frame, image_id=image_id)
 
-    def _with_proposals(self, data: bytes, spec: DetectorSpec, image_id: str) -> Sample:
-        picture = imaging.decode(data, self.card.decoding)  # every pixel; the model may be shown a reduction
+    def _with_proposals(self, data: bytes, spec: DetectorSpec, image_id: str, decoding: Decoding) -> Sample:
+        picture = imaging.decode(data, decoding)  # every pixel; the model may be shown a reduction
         found = regions.selective_search(lookup.visible(picture), self.card.search)
-        view = detect.evaluation(data, spec.fit, decoding=self.card.decoding, proposals=found)
+        view = detect.evaluation(data, spec.fit, decoding=decoding, proposals=found)
         return Sample(image=view.image, frame=view.frame, image_id=image_id, proposals=view.proposals)
 
     @property
@@ -68,18 +74,23 @@ class Predictor:
         """Images that are best answered at once, so that many do not need memory for all their pictures and maps."""
         return BATCH_SIZE[self.card.task]
 
-    def predict_batch(self, batch: Batch) -> list[Answer]:
-        """Rank the classes, or find the objects, of each image of a batch; none depends on the others."""
-        if self.card.task == "classification":
-            return self._answers(batch)
-        answers: dict[int, Answer] = {}
-        for places, part in of_equal_size(batch):
-            answers |= zip(places, self._answers(part), strict=True)
-        return [answers[place] for place in range(len(batch))]
+    def predict_batch(self, batch: Batch, selects: Sequence[Selection] | None = None) -> list[Answer]:
+        """Rank the classes, or find the objects, of each image of a batch; none depends on the others.
 
-    def _answers(self, batch: Batch) -> list[Answer]:
+        Args:
+            batch: at least one image.
+            selects: for each image which of a detector's candidates are answered, instead of the model's own rule.
+        """
+        model = self.model
         with torch.inference_mode():
-            return cast(list[Answer], self.model.postprocess(self.model(batch.to(self.device)), batch.frames))
+            if not isinstance(model, Detector):
+                return list(model.postprocess(model(batch.to(self.device)), batch.frames))
+            selects, answers = selects or [model.select] * len(batch), dict[int, Answer]()
+            for places, part in of_equal_size(batch):
+                outputs = model(part.to(self.device))
+                found = model.postprocess(outputs, part.frames, [selects[place] for place in places])
+                answers |= zip(places, found, strict=True)
+        return [answers[place] for place in range(len(batch))]
 
     def warm_up(self, num_images: int) -> None:
         """Answer about as many pictures without content, so that the first real ones wait for nothing."""

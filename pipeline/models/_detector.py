@@ -112,15 +112,18 @@ class Detector(nn.Module, ABC):
     def candidates(self, outputs: Any) -> list[Candidates]:
         """What the network proposes for each image."""
 
-    def postprocess(self, outputs: Any, frames: Sequence[Frame], select: Selection | None = None) -> list[Detections]:
+    def postprocess(
+        self, outputs: Any, frames: Sequence[Frame], select: Selection | Sequence[Selection] | None = None
+    ) -> list[Detections]:
         """The objects of each image, best first, in pixels of the upright original.
 
         Args:
             outputs: of `forward`.
             frames: how each picture maps to its original.
-            select: instead of the model's own.
+            select: instead of the model's own, for all or for each.
         """
-        chosen = [choose(found, select or self.select) for found in self.candidates(outputs)]
+        each = [select or self.select] * len(frames) if isinstance(select, Selection | None) else select
+        chosen = [choose(*one) for one in zip(self.candidates(outputs), each, strict=True)]
         return [_mapped_back(*found, frame) for found, frame in zip(chosen, frames, strict=True)]
 
 

@@ -70,7 +70,7 @@ def test_predict_of_a_picture_answers_as_the_predictor(post: Any, picture: Any, 
     assert min(body["timing_ms"].values()) >= 0
 
 
-@pytest.mark.parametrize("content_type", ["image/jpeg", "text/plain", "application/json", None])
+@pytest.mark.parametrize("content_type", ["image/jpeg", "text/plain", "application/octet-stream", None])
 def test_predict_with_any_content_type_looks_at_the_bytes_only(post: Any, picture: Any, content_type: str) -> None:
     response = post(picture(2), headers={"Content-Type": content_type} if content_type else {})
     assert response.status_code == 200

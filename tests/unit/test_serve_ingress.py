@@ -1,96 +1,27 @@
-"""The ingress on no server at all: its limits and its words, with an ASGI client of ten lines."""
+"""The house's own routes on no server at all: limits and words."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
+import gzip
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
+import zlib
 from typing import Any
 
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serve.ingress import application
-from serve.schemas import Limits, Refused, Served, Told, Wanted
-
-SERVED = (
-    Served("digits", "3", "champion", Path("/nowhere"), 10),
-    Served("flowers", "1", None, Path("/nowhere"), 3),
-    Served("boxes", "1", None, Path("/nowhere"), 3, "detection"),
-)
-
-
-class Answering:
-    """Answers as told; remembers what it was asked."""
-
-    def __init__(self, answer: Told | Refused | Exception | float) -> None:
-        self.answer = answer
-        self.asked: list[tuple[str, bytes, Wanted]] = []
-
-    async def predict(self, name: str, data: bytes, wanted: Wanted) -> Told | Refused:
-        self.asked.append((name, data, wanted))
-        if isinstance(self.answer, float):
-            await asyncio.sleep(self.answer)
-            return ranked(wanted.top_k)
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
-
-    async def ready(self, name: str) -> bool:
-        if isinstance(self.answer, Exception) and name == "flowers":
-            raise self.answer
-        return True
-
-
-def ranked(count: int) -> Told:
-    return Told(tuple(range(count)), tuple(map(str, range(count))), (0.1,) * count, None, 1.0, 2.0, 3.0)
-
-
-class Client:
-    """Speaks ASGI to the application."""
-
-    def __init__(self, answer: Told | Refused | Exception | float, **limits: Any) -> None:
-        self.models = Answering(answer)
-        self.app = application(SERVED, Limits(**limits), self.models)
-
-    async def post(
-        self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any, dict[str, str]]:
-        return await self.send("POST", path, self._body(chunks, pause_s), headers or {})
-
-    async def send(
-        self, method: str, path: str, body: AsyncIterator[dict[str, Any]], headers: dict[str, str]
-    ) -> tuple[int, Any, dict[str, str]]:
-        route, _, query = path.partition("?")
-        raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
-        scope = {"type": "http", "method": method, "path": route, "query_string": query.encode(), "headers": raw}
-        sent: list[Any] = []
-
-        async def collect(message: Any) -> None:
-            sent.append(message)
-
-        await self.app(scope, body.__anext__, collect)
-        text = b"".join(message.get("body", b"") for message in sent[1:])
-        out = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
-        return sent[0]["status"], json.loads(text), out
-
-    @staticmethod
-    async def _body(chunks: list[bytes], pause_s: float) -> AsyncIterator[dict[str, Any]]:
-        for index, chunk in enumerate(chunks):
-            await asyncio.sleep(pause_s)
-            yield {"type": "http.request", "body": chunk, "more_body": index + 1 < len(chunks)}
-        while True:  # a client that waits for its answer
-            await asyncio.sleep(60)
-            yield {"type": "http.disconnect"}
+from serve.schemas import Refused, Wanted
+from tests.asgi import Client, ranked
 
 
 def test_predict_joins_the_body_and_names_the_version_that_answered() -> None:
     client = Client(ranked(2))
     status, body, _ = asyncio.run(client.post("/predict/digits?top_k=2", [b"ab", b"", b"c"]))
     assert status == 200
-    assert client.models.asked == [("digits", b"abc", Wanted(top_k=2))]
+    assert client.models.asked == [("digits", (b"abc",), Wanted(top_k=2))]
     assert body["model"] == {"name": "digits", "version": "3", "alias": "champion"}
     assert body["predictions"][1] == {"label": 1, "class_name": "1", "score": 0.1}
     assert body["timing_ms"] == {"decode": 1.0, "queue": 2.0, "infer": 3.0}
@@ -181,3 +112,162 @@ def test_readyz_names_models_that_are_not_loaded_but_not_those_that_are_busy(
     client = Client(error)
     found, body, _ = asyncio.run(client.send("GET", "/readyz", Client._body([b""], 0.0), {}))
     assert (found, body) == (status, {"ready": not waiting, "waiting_for": waiting})
+
+
+JSON = {"content-type": "application/json; charset=utf-8"}
+FORM = {"content-type": "multipart/form-data; boundary=b"}
+
+
+def as_json(*images: bytes) -> list[bytes]:
+    return [json.dumps({"images": [base64.b64encode(data).decode() for data in images]}).encode()]
+
+
+def form(*parts: tuple[str, bytes]) -> list[bytes]:
+    """Each with what follows its name; sent byte by byte."""
+    text = b"".join(
+        b'--b\r\nContent-Disposition: form-data; name="image"' + more.encode() + b"\r\n\r\n" + data + b"\r\n"
+        for more, data in parts
+    )
+    return [bytes([one]) for one in text + b"--b--\r\n"]
+
+
+def as_files(*images: bytes) -> list[bytes]:
+    return form(*(('; filename="a.jpg"', data) for data in images))
+
+
+@pytest.mark.parametrize(("pack", "headers"), [(as_json, JSON), (as_files, FORM)])
+def test_several_images_are_answered_in_their_order(pack: Any, headers: dict[str, str]) -> None:
+    client = Client(ranked(2))
+    for images in ((b"\x00\xff", b"two\r\n", b"3"), (b"alone",)):
+        status, body, _ = asyncio.run(client.post("/predict/digits?top_k=2", pack(*images), headers=headers))
+        assert (status, client.models.asked[-1][1]) == (200, images)
+        assert [len(result["predictions"]) for result in body["results"]] == [2] * len(images)
+        assert body["model"]["version"] == "3"
+        assert set(body["results"][0]) == {"predictions", "timing_ms"}
+
+
+@pytest.mark.parametrize(("pack", "headers"), [(as_json, JSON), (as_files, FORM)])
+def test_one_bad_image_of_several_is_named(pack: Any, headers: dict[str, str]) -> None:
+    status, body, _ = asyncio.run(Client(ranked(1)).post("/predict/digits", pack(b"a", b"bad"), headers=headers))
+    assert (status, body["code"], body["error"]) == (422, "image_truncated", "images.1: ends early")
+    status, body, _ = asyncio.run(Client(ranked(1)).post("/predict/digits", [b"bad"]))
+    assert (status, body["error"]) == (422, "ends early")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "headers", "status", "code", "words"),
+    [
+        (as_json(), JSON, 400, "image_empty", "got none"),
+        (as_json(b"a", b""), JSON, 400, "image_empty", "an empty one"),
+        (as_json(*[b"a"] * 5), JSON, 413, "too_many_images", "at most 4 images in a request, got 5"),
+        ([b'{"images": ["&&&&"]}'], JSON, 422, "base64", "images.0"),
+        ([b'{"images": ["YQ==", "YQ"]}'], JSON, 422, "base64", "images.1"),
+        ([b'{"images": ["YQ==", 3]}'], JSON, 400, "json", "images.1"),
+        ([b'{"images": [], "top_k": 3}'], JSON, 400, "json", "top_k"),
+        ([b"[" * 100_000], JSON, 400, "json", "body"),
+        ([b'{"images": ["\xff"]}'], JSON, 400, "json", "body"),
+        ([b"{"], JSON, 400, "json", "body"),
+        ([b""], JSON, 400, "json", "body"),
+        (form(), FORM, 400, "image_empty", "got no part"),
+        (as_files(b"a", b""), FORM, 400, "image_empty", "an empty one"),
+        (as_files(*[b"a"] * 5), FORM, 413, "too_many_images", "at most 4"),
+        (form(("", b"a")), FORM, 400, "multipart", "all files"),
+        (as_files(b"a", b"b")[:-8], FORM, 400, "multipart", "cut short"),
+        ([b"no boundary in it"], FORM, 400, "multipart", "all files"),
+        ([b"x"], {"content-type": "multipart/form-data"}, 400, "multipart", "boundary"),
+        ([b"x"], {"content-encoding": "br"}, 415, "encoding", "expected gzip, deflate or a plain body"),
+        ([b"x"], {"content-encoding": "gzip"}, 400, "encoding", "not in its Content-Encoding"),
+        ([gzip.compress(b"xyz")[:-3]], {"content-encoding": "gzip"}, 400, "encoding", "cut short"),
+        ([gzip.compress(b"xyz"), b"more"], {"content-encoding": "gzip"}, 400, "encoding", "cut short"),
+        ([gzip.compress(b"")], {"content-encoding": "gzip"}, 400, "image_empty", "no bytes"),
+        ([zlib.compress(b"0" * 10**8)], {"content-encoding": "deflate"}, 413, "too_large", "larger than 200000 bytes"),
+    ],
+)
+def test_body_that_is_not_what_it_says_is_refused(
+    chunks: list[bytes], headers: dict[str, str], status: int, code: str, words: str
+) -> None:
+    client = Client(ranked(1), max_images=4, max_body_bytes=200_000)
+    found, body, _ = asyncio.run(client.post("/predict/digits", chunks, headers=headers))
+    assert (found, body["code"]) == (status, code)
+    assert words in body["error"]
+    assert not client.models.asked
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZip", gzip.compress)]
+)
+def test_compressed_body_is_read_as_what_it_holds(encoding: str, pack: Any) -> None:
+    client, image = Client(ranked(1)), bytes(range(256)) * 400
+    chunks = [bytes([one]) for one in pack(image)]
+    assert asyncio.run(client.post("/predict/digits", chunks, headers={"content-encoding": encoding}))[0] == 200
+    assert client.models.asked[0][1] == (image,)
+
+
+def test_images_of_all_requests_are_counted_against_the_room() -> None:
+    client = Client(0.05, max_inflight=4)
+
+    async def three_and_two_then_four() -> list[int]:
+        posts = (client.post("/predict/digits", as_json(*[b"a"] * count), headers=JSON) for count in (3, 2))
+        first = await asyncio.gather(*posts)
+        last = await client.post("/predict/digits", as_json(*[b"a"] * 4), headers=JSON)
+        return [status for status, *_ in (*first, last)]
+
+    assert asyncio.run(three_and_two_then_four()) == [200, 429, 200]
+
+
+def test_version_and_alias_in_the_path_are_those_that_are_served() -> None:
+    client = Client(ranked(1))
+
+    def ask(path: str) -> tuple[int, str]:
+        status, body, _ = asyncio.run(client.post(path, [b"x"]))
+        return status, body.get("error", "")
+
+    for path in ("digits@champion", "digits/versions/3", "digits@champion/versions/3", "flowers/versions/1"):
+        assert ask(f"/predict/{path}")[0] == 200
+    said = "digits: {} is not served, version 3 (champion) is."
+    assert ask("/predict/digits@challenger") == (404, said.format("alias challenger"))
+    assert ask("/predict/digits/versions/2") == (404, said.format("version 2"))
+    assert ask("/predict/flowers@champion") == (404, "flowers: alias champion is not served, version 1 is.")
+    assert ask("/predict/digit@champion")[0] == 404
+
+
+def test_what_a_detector_is_asked_for_reaches_it() -> None:
+    client = Client(dataclasses.replace(ranked(0), boxes=()))
+    asyncio.run(client.post("/predict/boxes?iou_threshold=0.3&score_threshold=0&max_detections=7", [b"x"]))
+    asyncio.run(client.post("/predict/boxes", [b"x"]))
+    assert [wanted for *_, wanted in client.models.asked] == [Wanted(3, 0.0, 0.3, 7), Wanted(3)]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("digits?iou_threshold=0.3", "query.iou_threshold: digits is for classification"),
+        ("boxes?top_k=1", "query.top_k: boxes is for detection"),
+        ("boxes?iou_threshold=1.5", "query.iou_threshold"),
+        ("boxes?score_threshold=nan", "query.score_threshold"),
+        ("boxes?threshold=0.3", "query.threshold"),
+    ],
+)
+def test_query_that_a_model_has_no_use_for_is_refused(path: str, words: str) -> None:
+    status, body, _ = asyncio.run(Client(ranked(1)).post(f"/predict/{path}", [b"x"]))
+    assert (status, body["code"]) == (422, "query")
+    assert words in body["error"]
+
+
+def test_picture_is_answered_where_it_alone_is_accepted() -> None:
+    client = Client(dataclasses.replace(ranked(0), boxes=(), picture=b"PNG"))
+    for accept, wanted in (("image/png", True), ("image/png;q=1, */*", True), ("image/png, application/json", False)):
+        status, body, headers = asyncio.run(client.post("/predict/boxes", [b"x"], headers={"accept": accept}))
+        assert (status, client.models.asked[-1][2].picture) == (200, wanted)
+        assert (headers["content-type"] == "image/png") == wanted == (body == b"PNG")
+
+
+@pytest.mark.parametrize(
+    ("model", "chunks", "headers", "words"),
+    [("digits", [b"x"], {}, "has no boxes to draw"), ("boxes", as_json(b"a", b"b"), JSON, "got 2")],
+)
+def test_picture_that_cannot_be_drawn_is_refused(model: str, chunks: Any, headers: Any, words: str) -> None:
+    post = Client(ranked(1)).post(f"/predict/{model}", chunks, headers=headers | {"accept": "image/png"})
+    status, body, _ = asyncio.run(post)
+    assert (status, body["code"]) == (406, "picture")
+    assert words in body["error"]

@@ -1,0 +1,177 @@
+"""What a request's body holds: one encoded image as it is, or several as multipart files or as base64 in JSON.
+
+Limits hold while the body arrives, not afterwards: bytes received, bytes they decompress to, seconds. What the images
+are is for the replicas to say; nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import zlib
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from serve.problems import Problem
+from serve.schemas import Limits
+
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # as zlib has them; HTTP's deflate is zlib's format
+_NO_IMAGE = "Expected an encoded image as the request's body, got no bytes at all."
+_SEVERAL = {
+    "multipart/form-data": "Expected a file with an encoded image in each part, got no part, or an empty one.",
+    "application/json": "Expected the base64 of an encoded image in each of images, got none, or an empty one.",
+}
+CONTENT = {
+    "image/*": {"schema": {"type": "string", "format": "binary"}},
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+        }
+    },
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "properties": {"images": {"type": "array", "items": {"type": "string", "format": "byte"}}},
+            "required": ["images"],
+            "additionalProperties": False,
+        }
+    },
+}
+"""The bodies as OpenAPI has them."""
+
+
+class Images(NamedTuple):
+    """The encoded images of a request; whether the body was a single one as it is."""
+
+    data: tuple[bytes, ...]
+    is_plain: bool
+
+
+async def images(request: Request, limits: Limits) -> Images:
+    """The images of a request, in its order.
+
+    Raises:
+        Problem: the body is too large, too slow, or not what its content type says; or it holds no image, or too many.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = await read(request, limits)
+    if kind == "multipart/form-data":
+        found = await _files(request, body, limits)
+    elif kind == "application/json":
+        found = _of_json(body)
+    else:
+        found = (body,)
+    if not found or not all(found):
+        raise Problem(400, "image_empty", _SEVERAL.get(kind, _NO_IMAGE))
+    if len(found) > limits.max_images:
+        raise too_many(len(found), limits)
+    return Images(found, kind not in _SEVERAL)
+
+
+async def read(request: Request, limits: Limits) -> bytes:
+    """The whole body, decompressed.
+
+    Raises:
+        Problem: it is too large, too slow, of an unknown encoding or damaged, or the client went away.
+    """
+    if int(request.headers.get("content-length") or 0) > limits.max_body_bytes:
+        raise _too_large(limits)
+    try:
+        async with asyncio.timeout(limits.body_s):
+            return b"".join([chunk async for chunk in _plain(request, limits)])
+    except TimeoutError:
+        raise Problem(408, "slow_body", f"The body did not arrive within {limits.body_s:g} s.") from None
+    except ClientDisconnect:
+        raise Problem(400, "disconnected", "The client went away before its body had arrived.") from None
+    except zlib.error:
+        raise Problem(400, "encoding", "The body is not in its Content-Encoding, or it is cut short.") from None
+
+
+def too_many(count: int, limits: Limits) -> Problem:
+    """The refusal of more images than one request may bring."""
+    return Problem(413, "too_many_images", f"Expected at most {limits.max_images} images in a request, got {count}.")
+
+
+async def _plain(request: Request, limits: Limits) -> AsyncGenerator[bytes]:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"identity", *_WINDOW_BITS}:
+        accepted = {"Accept-Encoding": "gzip, deflate"}
+        raise Problem(415, "encoding", "Content-Encoding: expected gzip, deflate or a plain body.", accepted)
+    packed = None if encoding == "identity" else zlib.decompressobj(_WINDOW_BITS[encoding])
+    most, received, size = limits.max_body_bytes, 0, 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        plain = chunk if packed is None else packed.decompress(chunk, most - size + 1)
+        size += len(plain)
+        if max(received, size) > most:
+            raise _too_large(limits)
+        yield plain
+    if packed is not None and ((received and not packed.eof) or packed.unused_data):
+        raise zlib.error
+
+
+def _too_large(limits: Limits) -> Problem:
+    # What is left of the body is not read: the connection cannot be used again.
+    return Problem(413, "too_large", f"The body is larger than {limits.max_body_bytes} bytes.", {"Connection": "close"})
+
+
+class _Parser(MultiPartParser):
+    """Knows whether the last boundary has come: without it the last file would be left out."""
+
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
+
+
+async def _files(request: Request, body: bytes, limits: Limits) -> tuple[bytes, ...]:
+    async def whole() -> AsyncGenerator[bytes]:
+        yield body
+
+    parser = _Parser(request.headers, whole(), max_files=limits.max_images, max_fields=0)
+    parser.spool_max_size = len(body) + 1  # in memory, where the body is already
+    try:
+        form = await parser.parse()
+        if not parser.has_ended:
+            raise MultiPartException("It is cut short.")
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            raise too_many(limits.max_images + 1, limits) from None
+        expected = "The body is not multipart/form-data whose parts are all files, with a filename"
+        raise Problem(400, "multipart", f"{expected}: {error.message}") from None
+    try:
+        return tuple([await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)])
+    finally:
+        await form.close()
+
+
+class _Json(BaseModel):
+    """Images as base64."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    images: list[str]
+
+
+def _of_json(body: bytes) -> tuple[bytes, ...]:
+    try:
+        texts = _Json.model_validate_json(body).images
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Problem(400, "json", f'Expected {{"images": ["<base64>", ...]}}; {where}: {first["msg"]}.') from None
+    return tuple(_decoded(text, at) for at, text in enumerate(texts))
+
+
+def _decoded(text: str, at: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Problem(422, "base64", f"images.{at}: expected base64 without line breaks.") from None

@@ -1,0 +1,401 @@
+"""The Open Inference Protocol v2, as KServe and Triton speak it, for clients that know nothing of this project.
+
+Spoken are health, metadata, inference with tensors in JSON or binary, a body that is an image alone
+(`Inference-Header-Content-Length: 0`), the classification extension, the index of the repository, and statistics.
+
+The input is `image`: BYTES [N], encoded images, or UINT8 [N, H, W, 3], their pixels. A classifier's outputs are
+`probabilities` FP32 [N, C] and the best of them `top_k_indices` INT64, `top_k_labels` BYTES and `top_k_scores` FP32
+[N, k]; a detector's `num_detections` INT32 [N, 1], and padded with zeros to M, the most of an image,
+`detection_boxes` FP32 [N, M, 4] (x_min, y_min, x_max, y_max in pixels of the upright original), `detection_scores`
+FP32, `detection_classes` INT32 and `detection_labels` BYTES [N, M]. Parameters are those of `POST /predict/{model}`,
+and `timeout` in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field, StrictInt, ValidationError
+
+from pipeline import imaging
+from serve import bodies, tensors
+from serve.gate import Gate, told_of, wanted_of
+from serve.problems import Problem
+from serve.schemas import Asked, Limits, Served, Told
+from serve.tensors import Tensor
+
+HEADER = "Inference-Header-Content-Length"
+EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "statistics")
+INPUT = "image"
+OUTPUTS: Mapping[str, Mapping[str, tuple[str, list[int]]]] = {
+    "classification": {
+        "probabilities": ("FP32", [-1, -1]),
+        "top_k_indices": ("INT64", [-1, -1]),
+        "top_k_labels": ("BYTES", [-1, -1]),
+        "top_k_scores": ("FP32", [-1, -1]),
+    },
+    "detection": {
+        "num_detections": ("INT32", [-1, 1]),
+        "detection_boxes": ("FP32", [-1, -1, 4]),
+        "detection_scores": ("FP32", [-1, -1]),
+        "detection_classes": ("INT32", [-1, -1]),
+        "detection_labels": ("BYTES", [-1, -1]),
+    },
+}
+"""Names of the outputs of each task, their datatypes and shapes; -1 for any size."""
+_SEQUENCES = ("sequence_id", "sequence_start", "sequence_end")
+_NS = 1_000_000  # nanoseconds of a millisecond
+
+
+class InputIn(BaseModel):
+    """One tensor of a request; unknown keys are for other servers."""
+
+    name: str
+    shape: list[StrictInt] = Field(max_length=8)
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: Any = None
+
+
+class OutputIn(BaseModel):
+    """One tensor that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferIn(BaseModel):
+    """The JSON of a request."""
+
+    id: str | None = Field(default=None, max_length=256)
+    parameters: dict[str, Any] = {}
+    inputs: list[InputIn]
+    outputs: list[OutputIn] = []
+
+
+_TEXT = {"type": "string"}
+_NAMED: dict[str, Any] = {"name": _TEXT, "parameters": {"type": "object"}}
+_SHAPE = {"type": "array", "items": {"type": "integer"}}
+_TENSOR = _NAMED | {"shape": _SHAPE, "datatype": _TEXT, "data": {"type": "array"}}
+_REQUEST = {
+    "id": {"type": "string", "maxLength": 256},
+    "parameters": {"type": "object"},
+    "inputs": {
+        "type": "array",
+        "items": {"type": "object", "properties": _TENSOR, "required": ["name", "shape", "datatype"]},
+    },
+    "outputs": {"type": "array", "items": {"type": "object", "properties": _NAMED, "required": ["name"]}},
+}
+CONTENT = {
+    "application/json": {"schema": {"type": "object", "properties": _REQUEST, "required": ["inputs"]}},
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+}
+"""The bodies of a request as OpenAPI has them."""
+
+
+class Inference(NamedTuple):
+    """A request: what it says, its one tensor, and whether the whole body was that."""
+
+    said: InferIn
+    image: Tensor
+    is_plain: bool = False
+
+
+def install(app: FastAPI, gate: Gate) -> None:
+    """Add the protocol's routes."""
+    routes = Oip(gate)
+
+    def add(method: str, path: str, handler: Callable[..., Any]) -> None:
+        names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+        parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+        body = {"requestBody": {"required": True, "content": CONTENT}} if path.endswith("infer") else {}
+        extra: dict[str, Any] = {"parameters": parameters} | body
+        app.add_api_route(path, handler, methods=[method], openapi_extra=extra, tags=["Open Inference Protocol"])
+
+    add("GET", "/v2", routes.server)
+    app.get("/v2/", include_in_schema=False)(routes.server)
+    add("GET", "/v2/health/live", routes.live)
+    add("GET", "/v2/health/ready", routes.ready)
+    add("GET", "/v2/models", routes.models)
+    add("GET", "/v2/models/stats", routes.statistics)  # before a model of this name
+    add("POST", "/v2/repository/index", routes.index)
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        add("GET", model, routes.metadata)
+        add("GET", f"{model}/ready", routes.model_ready)
+        add("GET", f"{model}/stats", routes.statistics)
+        add("POST", f"{model}/infer", routes.infer)
+
+
+class Oip:
+    """The protocol's routes."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    async def server(self) -> dict[str, Any]:
+        """Name the server and the protocol's extensions that it speaks."""
+        return {"name": "ventral", "version": "2", "extensions": EXTENSIONS}
+
+    async def live(self) -> dict[str, bool]:
+        """Answer while the process lives."""
+        return {"live": True}
+
+    async def ready(self) -> JSONResponse:
+        """Answer 200 once every model is loaded."""
+        waiting = await self.gate.waiting_for()
+        if waiting:
+            raise Problem(503, "unavailable", f"Not loaded yet: {', '.join(waiting)}.")
+        return JSONResponse({"ready": True, "live": True})
+
+    async def models(self) -> dict[str, list[str]]:
+        """Names of the models."""
+        return {"models": [*self.gate.served]}
+
+    async def metadata(self, request: Request) -> dict[str, Any]:
+        """A model's inputs and outputs."""
+        found = self._find(request)
+        properties = {"task": found.task, "alias": found.alias or "", "num_classes": str(found.num_classes)}
+        return {
+            "name": found.name,
+            "versions": [found.version],
+            "platform": "pytorch_eager",
+            "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
+            "outputs": [
+                {"name": name, "datatype": datatype, "shape": shape}
+                for name, (datatype, shape) in OUTPUTS[found.task].items()
+            ],
+            "properties": properties,
+        }
+
+    async def model_ready(self, request: Request) -> dict[str, Any]:
+        """Answer 200 once the model is loaded."""
+        found = self._find(request)
+        if not await self.gate.is_ready(found.name):
+            raise Problem(503, "unavailable", f"Not loaded yet: {found.name}.")
+        return {"name": found.name, "ready": True}
+
+    async def index(self) -> list[dict[str, str]]:
+        """The models, and whether they are loaded."""
+        waiting = await self.gate.waiting_for()
+        return [
+            {
+                "name": found.name,
+                "version": found.version,
+                "state": "UNAVAILABLE" if found.name in waiting else "READY",
+                "reason": "loading" if found.name in waiting else "",
+            }
+            for found in self.gate.served.values()
+        ]
+
+    async def statistics(self, request: Request) -> dict[str, Any]:
+        """What this process has answered, since it began; nanoseconds, as Triton has them."""
+        models = [self._find(request)] if "model" in request.path_params else [*self.gate.served.values()]
+        return {"model_stats": [self._statistics(found) for found in models]}
+
+    async def infer(self, request: Request) -> Response:
+        """Answer about the tensor `image`, or about a body that is an image."""
+        gate = self.gate
+        found = self._find(request)
+        with gate.room():
+            body = await bodies.read(request, gate.limits)
+            asked = parse(body, request.headers.get(HEADER), gate.limits)
+            parameters = asked.said.parameters
+            if (version := parameters.get("model_version")) not in {None, ""}:
+                found = gate.find(found.name, str(version))
+            wanted = wanted_of(found, _asked(parameters), pixels=asked.image.datatype == "UINT8")
+            images = _encoded(asked.image)
+            with gate.room(len(images) - 1):
+                every = replace(wanted, top_k=found.num_classes)  # of a classifier: for all probabilities
+                told = told_of(await gate.ask(found, images, every, _timeout_s(parameters)), is_plain=False)
+        made = _detected(told) if found.task == "detection" else _ranked(told, found.num_classes, wanted.top_k)
+        return _response(found, asked, told, made)
+
+    def _find(self, request: Request) -> Served:
+        return self.gate.find(request.path_params["model"], request.path_params.get("version"))
+
+    def _statistics(self, found: Served) -> dict[str, Any]:
+        tally = self.gate.tallies[found.name]
+
+        def spent(count: int, ms: float) -> dict[str, int]:
+            return {"count": count, "ns": round(ms * _NS)}
+
+        return {
+            "name": found.name,
+            "version": found.version,
+            "last_inference": tally.last_ms,
+            "inference_count": tally.images,
+            "execution_count": tally.requests,
+            "inference_stats": {
+                "success": spent(tally.requests, tally.total_ms),
+                "fail": spent(tally.failed, tally.failed_ms),
+                "queue": spent(tally.images, tally.queue_ms),
+                "compute_input": spent(tally.images, tally.decode_ms),
+                "compute_infer": spent(tally.images, tally.infer_ms),
+                "compute_output": spent(tally.images, 0.0),
+            },
+            "batch_stats": [],
+        }
+
+
+def parse(body: bytes, header: str | None, limits: Limits) -> Inference:
+    """Read a request.
+
+    Args:
+        body: decompressed.
+        header: the length of its JSON, if tensors follow; 0: all of it is one image.
+        limits: of images.
+
+    Raises:
+        Problem: it is not what the protocol asks for.
+    """
+    try:
+        length = len(body) if header is None else _length(header, len(body))
+        if header is not None and length == 0:
+            image = InputIn(name=INPUT, shape=[1], datatype="BYTES")
+            return Inference(InferIn(inputs=[image]), Tensor(INPUT, "BYTES", (1,), (body,)), True)
+        said = InferIn.model_validate_json(body[:length])
+        image = _only_image(said.inputs)
+        return Inference(said, _tensor(image, body[length:], limits))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Problem(400, "infer", f"{where}: {first['msg']}.") from None
+    except ValueError as error:
+        raise Problem(400, "infer", f"{error}.") from None
+
+
+def _length(header: str, most: int) -> int:
+    if not header.isascii() or not header.isdigit() or int(header) > most:
+        raise ValueError(f"{HEADER}: expected the bytes of the JSON, 0 to {most}, got {header[:20]!r}")
+    return int(header)
+
+
+def _only_image(inputs: Sequence[InputIn]) -> InputIn:
+    if [one.name for one in inputs] != [INPUT]:
+        raise ValueError(f"inputs: expected one, '{INPUT}', got {[one.name[:40] for one in inputs][:4]}")
+    return inputs[0]
+
+
+def _tensor(image: InputIn, rest: bytes, limits: Limits) -> Tensor:
+    datatype, shape = image.datatype, tuple(image.shape)
+    is_encoded = datatype == "BYTES" and (len(shape) == 1 or shape[1:] == (1,))
+    if not is_encoded and not (datatype == "UINT8" and len(shape) == 4 and shape[3] == 3):
+        expected = "expected BYTES [N] or UINT8 [N, H, W, 3]"
+        raise ValueError(f"inputs.{INPUT}: {expected}, got {datatype[:20]} {[*shape]}")
+    if shape[0] > limits.max_images:
+        raise bodies.too_many(shape[0], limits)
+    size = image.parameters.get("binary_data_size")
+    if size is None:
+        if rest:
+            raise ValueError(f"expected no bytes behind the JSON, got {len(rest)}; say binary_data_size of {INPUT}")
+        is_base64 = image.parameters.get("content_type", "base64") == "base64"
+        return tensors.from_json(INPUT, datatype, shape, image.data, base64_texts=is_base64)
+    if image.data is not None:
+        raise ValueError(f"inputs.{INPUT}: expected data or binary_data_size, got both")
+    if size != len(rest) or isinstance(size, bool):
+        raise ValueError(f"inputs.{INPUT}: binary_data_size: {len(rest)} bytes follow the JSON, got {str(size)[:20]}")
+    return tensors.from_binary(INPUT, datatype, shape, rest)
+
+
+def _encoded(image: Tensor) -> tuple[bytes, ...]:
+    """Each image as bytes; of pixels as a NumPy file, which loses nothing."""
+    if isinstance(image.data, tuple):
+        return image.data
+    return tuple(imaging.encode_npy(pixels) for pixels in image.data)
+
+
+def _asked(parameters: Mapping[str, Any]) -> Asked:
+    wrong = [name for name in _SEQUENCES if parameters.get(name)]
+    if wrong:
+        raise Problem(400, "infer", f"parameters.{wrong[0]}: the models have no state, leave it out.")
+    try:
+        return Asked.model_validate({key: parameters[key] for key in Asked.model_fields if key in parameters})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise Problem(400, "infer", f"parameters.{first['loc'][0]}: {first['msg']}.") from None
+
+
+def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
+    timeout = parameters.get("timeout")
+    if timeout is None or timeout == 0:
+        return None
+    if not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 0:
+        raise Problem(400, "infer", f"parameters.timeout: expected microseconds, got {str(timeout)[:20]}.")
+    return timeout / 1e6
+
+
+def _ranked(told: Sequence[Told], num_classes: int, top_k: int) -> dict[str, Tensor]:
+    labels = np.array([one.labels for one in told], np.int64)
+    scores = np.array([one.scores for one in told], np.float32)
+    probabilities = np.zeros((len(told), num_classes), np.float32)
+    np.put_along_axis(probabilities, labels, scores, axis=1)
+    best = [one.class_names[:top_k] for one in told]
+    made = (
+        tensors.of_array("probabilities", probabilities),
+        tensors.of_array("top_k_indices", labels[:, :top_k]),
+        tensors.of_texts("top_k_labels", best),
+        tensors.of_array("top_k_scores", scores[:, :top_k]),
+    )
+    return {one.name: one for one in made}
+
+
+def _detected(told: Sequence[Told]) -> dict[str, Tensor]:
+    counts = [len(one.labels) for one in told]
+    shape = len(told), max(*counts, 1)
+    boxes, scores = np.zeros((*shape, 4), np.float32), np.zeros(shape, np.float32)
+    classes, names = np.zeros(shape, np.int32), [[""] * shape[1] for _ in told]
+    for row, (one, count) in enumerate(zip(told, counts, strict=True)):
+        boxes[row, :count] = np.array(one.boxes, np.float32).reshape(-1, 4)
+        scores[row, :count], classes[row, :count], names[row][:count] = one.scores, one.labels, one.class_names
+    made = (
+        tensors.of_array("num_detections", np.array(counts, np.int32)[:, None]),
+        tensors.of_array("detection_boxes", boxes),
+        tensors.of_array("detection_scores", scores),
+        tensors.of_array("detection_classes", classes),
+        tensors.of_texts("detection_labels", names),
+    )
+    return {one.name: one for one in made}
+
+
+def _response(found: Served, asked: Inference, told: Sequence[Told], made: Mapping[str, Tensor]) -> Response:
+    said, shown, raw = asked.said, list[dict[str, Any]](), list[bytes]()
+    by_default = asked.is_plain or bool(said.parameters.get("binary_data_output"))
+    for output in said.outputs or [OutputIn(name=name) for name in made]:
+        tensor = _best(output, told) if output.parameters.get("classification") else _made(output.name, made)
+        one: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": [*tensor.shape]}
+        if output.parameters.get("binary_data", by_default):
+            raw.append(tensors.to_binary(tensor))
+            one["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            one["data"] = tensors.to_json(tensor)
+        shown.append(one)
+    answer: dict[str, Any] = {"model_name": found.name, "model_version": found.version}
+    answer |= {} if said.id is None else {"id": said.id}
+    head = JSONResponse(answer | {"outputs": shown})
+    if not raw:
+        return head
+    length = {HEADER: str(len(head.body))}
+    return Response(bytes(head.body) + b"".join(raw), media_type="application/octet-stream", headers=length)
+
+
+def _made(name: str, made: Mapping[str, Tensor]) -> Tensor:
+    if name not in made:
+        raise Problem(400, "infer", f"outputs: expected some of {', '.join(made)}, got {name[:40]!r}.")
+    return made[name]
+
+
+def _best(output: OutputIn, told: Sequence[Told]) -> Tensor:
+    """The classification extension: the best classes as texts "score:index:label"."""
+    count = output.parameters["classification"]
+    if output.name != "probabilities" or told[0].boxes is not None or not isinstance(count, int) or count < 1:
+        raise Problem(400, "infer", f"outputs.{output.name[:40]}: classification is a number, and for probabilities.")
+    rows = [zip(one.scores, one.labels, one.class_names, strict=True) for one in told]
+    return tensors.of_texts(
+        output.name, [[f"{score:f}:{at}:{name}" for score, at, name in islice(row, count)] for row in rows]
+    )

@@ -1,0 +1,158 @@
+"""Tensors as the Open Inference Protocol v2 sends them, in JSON and in its binary extension.
+
+Numbers are little-endian and row-major, an element of BYTES is its length as 32 bits and then itself. JSON has no
+bytes: there an element of BYTES is base64 where it is said to be (`parameters.content_type`), and text otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_ELEMENTS = 2**31
+NUMBERS: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    **{f"UINT{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+}
+DATATYPES = (*NUMBERS, "BYTES")
+
+
+class Tensor(NamedTuple):
+    """A named array.
+
+    Attributes:
+        datatype: as the protocol calls it.
+        shape: its size in each direction.
+        data: an array of this shape, or, of BYTES, its elements row by row.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[Any] | tuple[bytes, ...]
+
+
+def of_array(name: str, array: npt.NDArray[Any]) -> Tensor:
+    """A tensor of numbers."""
+    datatype = next(name for name, dtype in NUMBERS.items() if dtype == array.dtype)
+    return Tensor(name, datatype, array.shape, array)
+
+
+def of_texts(name: str, rows: Sequence[Sequence[str]]) -> Tensor:
+    """A tensor [rows, columns] of texts; all rows are equally long."""
+    shape = len(rows), len(rows[0]) if rows else 0
+    return Tensor(name, "BYTES", shape, tuple(text.encode() for row in rows for text in row))
+
+
+def from_binary(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Tensor:
+    """The tensor that these bytes are.
+
+    Raises:
+        ValueError: they are more or fewer than the shape asks for, or datatype or shape are impossible.
+    """
+    count = _count(name, datatype, shape)
+    if datatype == "BYTES":
+        return Tensor(name, datatype, tuple(shape), tuple(_elements(name, raw, count)))
+    dtype = NUMBERS[datatype]
+    if len(raw) != count * dtype.itemsize:
+        raise ValueError(
+            f"inputs.{name}: shape {[*shape]} of {datatype} takes {count * dtype.itemsize} bytes, got {len(raw)}"
+        )
+    return Tensor(name, datatype, tuple(shape), np.frombuffer(raw, dtype).reshape(shape))
+
+
+def from_json(name: str, datatype: str, shape: Sequence[int], data: Any, *, base64_texts: bool = True) -> Tensor:
+    """The tensor of a JSON array, nested or flat.
+
+    Raises:
+        ValueError: it does not fit datatype and shape.
+    """
+    count = _count(name, datatype, shape)
+    flat = _flat(name, data, count)
+    if datatype == "BYTES":
+        return Tensor(
+            name, datatype, tuple(shape), tuple(_bytes(name, at, one, base64_texts) for at, one in enumerate(flat))
+        )
+    if datatype == "FP16":
+        raise ValueError(f"inputs.{name}: FP16 has no form in JSON; send it binary, or as FP32")
+    kind = bool if datatype == "BOOL" else (int, float) if datatype.startswith("FP") else int
+    for at, one in enumerate(flat):
+        if not isinstance(one, kind) or (isinstance(one, bool) != (datatype == "BOOL")):
+            raise ValueError(f"inputs.{name}.data: element {at}: expected {datatype}, got {type(one).__name__}")
+    dtype = NUMBERS[datatype]
+    if datatype not in {"BOOL", "FP32", "FP64"}:
+        limits = np.iinfo(dtype)
+        for at, one in enumerate(flat):
+            if not limits.min <= one <= limits.max:
+                raise ValueError(f"inputs.{name}.data: element {at} is out of the range of {datatype}")
+    return Tensor(name, datatype, tuple(shape), np.array(flat, dtype).reshape(shape))
+
+
+def to_binary(tensor: Tensor) -> bytes:
+    """Its bytes."""
+    if isinstance(tensor.data, tuple):
+        return b"".join(struct.pack("<I", len(one)) + one for one in tensor.data)
+    return np.ascontiguousarray(tensor.data, NUMBERS[tensor.datatype]).tobytes()
+
+
+def to_json(tensor: Tensor) -> list[Any]:
+    """Its elements row by row; BYTES as text."""
+    if isinstance(tensor.data, tuple):
+        return [one.decode(errors="replace") for one in tensor.data]
+    return list(tensor.data.ravel().tolist())
+
+
+def _count(name: str, datatype: str, shape: Sequence[int]) -> int:
+    if datatype not in DATATYPES:
+        raise ValueError(f"inputs.{name}: datatype: expected one of {', '.join(DATATYPES)}, got {datatype!r:.40}")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"inputs.{name}: shape: expected sides of 1 and more, got {[*shape]}")
+    count = math.prod(shape)
+    if count > MAX_ELEMENTS:
+        raise ValueError(f"inputs.{name}: shape: expected {MAX_ELEMENTS} elements at most, got {count}")
+    return count
+
+
+def _elements(name: str, raw: bytes, count: int) -> Iterator[bytes]:
+    at = 0
+    for number in range(count):
+        size = struct.unpack_from("<I", raw, at)[0] if at + 4 <= len(raw) else len(raw)
+        if at + 4 + size > len(raw):
+            raise ValueError(
+                f"inputs.{name}: element {number} of {count} ends behind the {len(raw)} bytes of the tensor"
+            )
+        yield raw[at + 4 : at + 4 + size]
+        at += 4 + size
+    if at != len(raw):
+        raise ValueError(f"inputs.{name}: {count} elements take {at} bytes, got {len(raw)}")
+
+
+def _flat(name: str, data: Any, count: int) -> list[Any]:
+    level = data if isinstance(data, list) else [data]
+    while level and all(isinstance(one, list) for one in level):
+        if len({len(one) for one in level}) > 1:
+            raise ValueError(f"inputs.{name}.data: expected rows of one length, got several")
+        level = [one for row in level for one in row]
+    if len(level) != count:
+        raise ValueError(f"inputs.{name}.data: expected {count} elements as of its shape, got {len(level)}")
+    return level
+
+
+def _bytes(name: str, at: int, one: Any, is_base64: bool) -> bytes:
+    if not isinstance(one, str):
+        raise ValueError(f"inputs.{name}.data: element {at}: expected BYTES as a string, got {type(one).__name__}")
+    if not is_base64:
+        return one.encode()
+    try:
+        return base64.b64decode(one, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"inputs.{name}.data: element {at}: expected base64 without line breaks") from None

@@ -1,0 +1,83 @@
+"""The ingress on no server at all: models that answer as they are told, and an ASGI client of ten lines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from serve.ingress import application
+from serve.schemas import Limits, Refused, Served, Told, Wanted
+
+SERVED = (
+    Served("digits", "3", "champion", Path("/nowhere"), 10),
+    Served("flowers", "1", None, Path("/nowhere"), 3),
+    Served("boxes", "1", None, Path("/nowhere"), 3, "detection"),
+)
+
+
+class Answering:
+    """Answers as told; remembers what it was asked."""
+
+    def __init__(self, answer: Told | Refused | Exception | float) -> None:
+        self.answer = answer
+        self.by_image: dict[bytes, Told | Refused] = {b"bad": Refused("truncated", "ends early")}
+        self.asked: list[tuple[str, tuple[bytes, ...], Wanted]] = []
+
+    async def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
+        self.asked.append((name, images, wanted))
+        if isinstance(self.answer, float):
+            await asyncio.sleep(self.answer)
+            return [ranked(wanted.top_k)] * len(images)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return [self.by_image.get(data, self.answer) for data in images]
+
+    async def ready(self, name: str) -> bool:
+        if isinstance(self.answer, Exception) and name == "flowers":
+            raise self.answer
+        return True
+
+
+def ranked(count: int) -> Told:
+    return Told(tuple(range(count)), tuple(map(str, range(count))), (0.1,) * count, None, 1.0, 2.0, 3.0)
+
+
+class Client:
+    """Speaks ASGI to the application."""
+
+    def __init__(self, answer: Told | Refused | Exception | float, **limits: Any) -> None:
+        self.models = Answering(answer)
+        self.app = application(SERVED, Limits(**limits), self.models)
+
+    async def post(
+        self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        return await self.send("POST", path, self._body(chunks, pause_s), headers or {})
+
+    async def send(
+        self, method: str, path: str, body: AsyncIterator[dict[str, Any]], headers: dict[str, str]
+    ) -> tuple[int, Any, dict[str, str]]:
+        route, _, query = path.partition("?")
+        raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+        scope = {"type": "http", "method": method, "path": route, "query_string": query.encode(), "headers": raw}
+        sent: list[Any] = []
+
+        async def collect(message: Any) -> None:
+            sent.append(message)
+
+        await self.app(scope, body.__anext__, collect)
+        text = b"".join(message.get("body", b"") for message in sent[1:])
+        out = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+        return sent[0]["status"], json.loads(text) if out["content-type"] == "application/json" else text, out
+
+    @staticmethod
+    async def _body(chunks: list[bytes], pause_s: float) -> AsyncIterator[dict[str, Any]]:
+        for index, chunk in enumerate(chunks):
+            await asyncio.sleep(pause_s)
+            yield {"type": "http.request", "body": chunk, "more_body": index + 1 < len(chunks)}
+        while True:  # a client that waits for its answer
+            await asyncio.sleep(60)
+            yield {"type": "http.disconnect"}

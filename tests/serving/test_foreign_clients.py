@@ -1,0 +1,167 @@
+"""The Open Inference Protocol through a client that others wrote, unmodified, over real HTTP: proxy, ingress, model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException
+
+from jobs._deploy import deploy
+from jobs._process import Service
+from pipeline.inference.bundle import Bundle
+from pipeline.inference.predictor import Predictor
+from pipeline.types import Classification
+
+NUM_CLASSES = 10
+
+
+@pytest.fixture(scope="module")
+def url(ray_head: Service, app_config: Callable[..., dict[str, Any]]) -> str:
+    return deploy(ray_head, app_config({"max_images": 8}))
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(url.removeprefix("http://")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def offline(tiny: Bundle) -> Predictor:
+    return Predictor(tiny)
+
+
+def probabilities(offline: Predictor, images: list[bytes]) -> Any:
+    """[N, C] of the predictor itself."""
+    found = np.zeros((len(images), NUM_CLASSES), np.float32)
+    for row, answer in enumerate(offline.predict(images)):
+        assert isinstance(answer, Classification)
+        found[row, answer.labels] = answer.scores
+    return found
+
+
+def encoded(images: list[bytes]) -> triton.InferInput:
+    tensor = triton.InferInput("image", [len(images)], "BYTES")
+    tensor.set_data_from_numpy(np.array(images, np.object_))
+    return tensor
+
+
+def test_triton_client_finds_server_and_model(client: triton.InferenceServerClient, tiny: Bundle) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert not client.is_model_ready("tinny")
+    assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+    version = tiny.card.weights_sha256[:12]
+    found = client.get_model_metadata("tiny", version)
+    assert (found["name"], found["versions"]) == ("tiny", [version])
+    assert found["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+    assert [one["name"] for one in found["outputs"]][:2] == ["probabilities", "top_k_indices"]
+    index = [{"name": "tiny", "version": version, "state": "READY", "reason": ""}]
+    assert client.get_model_repository_index() == index
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
+def test_triton_client_gets_the_predictors_probabilities_of_encoded_images(
+    client: triton.InferenceServerClient, offline: Predictor, picture: Any, count: int, compression: str | None
+) -> None:
+    images = [picture(seed, encoding="PNG" if seed % 2 else "JPEG") for seed in range(count)]
+    answer = client.infer(
+        "tiny", [encoded(images)], request_id="r-1", request_compression_algorithm=compression, parameters={"top_k": 3}
+    )
+    expected = probabilities(offline, images)
+    np.testing.assert_allclose(answer.as_numpy("probabilities"), expected, atol=1e-5)
+    best = np.argsort(-expected, axis=1)[:, :3]
+    np.testing.assert_array_equal(answer.as_numpy("top_k_indices"), best)
+    np.testing.assert_allclose(answer.as_numpy("top_k_scores"), np.take_along_axis(expected, best, axis=1), atol=1e-5)
+    named = [[f"class {label}".encode() for label in row] for row in best]
+    assert answer.as_numpy("top_k_labels").tolist() == named
+    said = answer.get_response()
+    assert (said["model_name"], said["id"]) == ("tiny", "r-1")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_client_gets_what_it_asks_for_of_pixels(
+    client: triton.InferenceServerClient, offline: Predictor, picture: Any, binary: bool
+) -> None:
+    image = picture(3, encoding="PNG")
+    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))[None]
+    tensor = triton.InferInput("image", pixels.shape, "UINT8")
+    tensor.set_data_from_numpy(pixels, binary_data=binary)
+    wanted = [
+        triton.InferRequestedOutput("top_k_labels", binary_data=binary),
+        triton.InferRequestedOutput("probabilities", binary_data=not binary),
+    ]
+    answer = client.infer("tiny", [tensor], outputs=wanted)
+    expected = probabilities(offline, [image])
+    np.testing.assert_allclose(answer.as_numpy("probabilities"), expected, atol=1e-5)
+    assert answer.as_numpy("top_k_indices") is None
+    assert answer.as_numpy("top_k_labels").shape == (1, 5)
+
+
+def test_triton_client_gets_the_best_classes_as_texts(
+    client: triton.InferenceServerClient, offline: Predictor, picture: Any
+) -> None:
+    images = [picture(seed) for seed in range(2)]
+    wanted = [triton.InferRequestedOutput("probabilities", class_count=2)]
+    found = client.infer("tiny", [encoded(images)], outputs=wanted).as_numpy("probabilities")
+    assert found.shape == (2, 2)
+    for row, expected in zip(found, probabilities(offline, images), strict=True):
+        score, label, name = row[0].decode().split(":")
+        assert int(label) == expected.argmax()
+        assert float(score) == pytest.approx(expected.max(), abs=1e-4)
+        assert name == f"class {label}"
+
+
+def test_triton_client_counts_what_was_answered(client: triton.InferenceServerClient, picture: Any) -> None:
+    def success() -> tuple[int, int]:
+        (found,) = client.get_inference_statistics("tiny")["model_stats"]
+        return found["inference_count"], found["inference_stats"]["success"]["count"]
+
+    before = success()
+    client.infer("tiny", [encoded([picture(0), picture(1)])])
+    after = success()
+    assert (after[0] - before[0], after[1] - before[1]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "status", "words"),
+    [
+        (lambda client, image: client.infer("tinny", [encoded([image])]), "404", "did you mean 'tiny'"),
+        (lambda client, image: client.infer("tiny", [encoded([image])], "7"), "404", "version 7 is not served"),
+        (lambda client, image: client.infer("tiny", [encoded([image, b"GIF89a"])]), "415", "images.1"),
+        (lambda client, image: client.infer("tiny", [encoded([image] * 9)]), "413", "at most 8 images"),
+        (
+            lambda client, image: client.infer("tiny", [encoded([image])], outputs=[triton.InferRequestedOutput("x")]),
+            "400",
+            "expected some of probabilities",
+        ),
+        (lambda client, image: client.infer("tiny", [encoded([image])], parameters={"top_k": 0}), "400", "top_k"),
+        (lambda client, image: client.infer("tiny", [encoded([image])], sequence_id=3), "400", "have no state"),
+    ],
+)
+def test_triton_client_is_told_what_is_wrong(
+    client: triton.InferenceServerClient, picture: Any, ask: Any, status: str, words: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=words) as caught:
+        ask(client, picture(0))
+    assert caught.value.status() == status
+
+
+def test_body_that_is_an_image_alone_is_answered_binary(url: str, offline: Predictor, picture: Any) -> None:
+    image = picture(4)
+    headers = {"Inference-Header-Content-Length": "0"}
+    answer = requests.post(f"{url}/v2/models/tiny/infer", data=image, headers=headers, timeout=30)
+    assert answer.headers["content-type"] == "application/octet-stream"
+    found = triton.InferenceServerClient.parse_response_body(
+        answer.content, header_length=int(answer.headers["Inference-Header-Content-Length"])
+    )
+    np.testing.assert_allclose(found.as_numpy("probabilities"), probabilities(offline, [image]), atol=1e-5)
