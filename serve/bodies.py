@@ -11,7 +11,7 @@ import base64
 import binascii
 import zlib
 from collections.abc import AsyncGenerator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import UploadFile
@@ -25,7 +25,7 @@ _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # as zlib has them; HT
 _NO_IMAGE = "Expected an encoded image as the request's body, got no bytes at all."
 _SEVERAL = {
     "multipart/form-data": "Expected a file with an encoded image in each part, got no part, or an empty one.",
-    "application/json": "Expected the base64 of an encoded image in each of images, got none, or an empty one.",
+    "application/json": "Expected the base64 of an encoded image in each of images, got none.",
 }
 CONTENT = {
     "image/*": {"schema": {"type": "string", "format": "binary"}},
@@ -99,6 +99,21 @@ def too_many(count: int, limits: Limits) -> Problem:
     return Problem(413, "too_many_images", f"Expected at most {limits.max_images} images in a request, got {count}.")
 
 
+def from_base64(text: Any, at: int) -> bytes:
+    """The image that is number `at` of a request.
+
+    Raises:
+        Problem: it is no base64, or holds nothing.
+    """
+    try:
+        data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        data = b""
+    if not data:
+        raise Problem(422, "base64", f"images.{at}: expected an encoded image as base64 without line breaks.")
+    return data
+
+
 async def _plain(request: Request, limits: Limits) -> AsyncGenerator[bytes]:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in {"identity", *_WINDOW_BITS}:
@@ -167,11 +182,4 @@ def _of_json(body: bytes) -> tuple[bytes, ...]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise Problem(400, "json", f'Expected {{"images": ["<base64>", ...]}}; {where}: {first["msg"]}.') from None
-    return tuple(_decoded(text, at) for at, text in enumerate(texts))
-
-
-def _decoded(text: str, at: int) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise Problem(422, "base64", f"images.{at}: expected base64 without line breaks.") from None
+    return tuple(from_base64(text, at) for at, text in enumerate(texts))

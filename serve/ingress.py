@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from serve import bodies, oip, problems
+from serve import bodies, invocations, oip, problems
 from serve.gate import Ask, Gate, told_of, wanted_of
 from serve.problems import Problem, ProblemOut
 from serve.schemas import (
@@ -53,6 +53,7 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     versions = "/predict/{model}/versions/{version}"
     app.post(versions, response_model=Answer | Answers, openapi_extra=body)(ingress.predict_version)
     oip.install(app, gate)
+    invocations.install(app, gate)
     return app
 
 

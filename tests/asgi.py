@@ -48,9 +48,11 @@ def ranked(count: int) -> Told:
 class Client:
     """Speaks ASGI to the application."""
 
-    def __init__(self, answer: Told | Refused | Exception | float, **limits: Any) -> None:
+    def __init__(
+        self, answer: Told | Refused | Exception | float, served: tuple[Served, ...] = SERVED, **limits: Any
+    ) -> None:
         self.models = Answering(answer)
-        self.app = application(SERVED, Limits(**limits), self.models)
+        self.app = application(served, Limits(**limits), self.models)
 
     async def post(
         self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None
@@ -71,7 +73,7 @@ class Client:
         await self.app(scope, body.__anext__, collect)
         text = b"".join(message.get("body", b"") for message in sent[1:])
         out = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
-        return sent[0]["status"], json.loads(text) if out["content-type"] == "application/json" else text, out
+        return sent[0]["status"], json.loads(text) if out.get("content-type") == "application/json" else text, out
 
     @staticmethod
     async def _body(chunks: list[bytes], pause_s: float) -> AsyncIterator[dict[str, Any]]:
