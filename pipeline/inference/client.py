@@ -1,18 +1,27 @@
-"""A typed client of the endpoint: encoded image in, ranked classes or boxes out. Needs neither torch nor Ray."""
+"""A typed client of the endpoint: encoded images in, ranked classes or boxes out. Needs neither torch nor Ray.
+
+`Client` waits for an answer, `AsyncClient` is the same for asyncio. Threads, or tasks, may share one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
 
+import httpx
 import numpy as np
-import requests
 
 from pipeline.errors import ClusterError, DataError
 from pipeline.types import Detections
 
 AnswerT = TypeVar("AnswerT")
+TIMEOUT_S = 60.0
+TOP_K = 5
+SCORE_THRESHOLD = 0.25
+MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,60 +48,204 @@ class Found:
 
 
 class Client:
-    """One endpoint; its connection is kept between calls, so a client belongs to one thread."""
+    """One endpoint.
 
-    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
+    Every question raises DataError where the endpoint refuses it, in its own words, and ClusterError where it fails or
+    does not answer.
+    """
+
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
         self.url = url.rstrip("/")
-        self.timeout_s = timeout_s
-        self.session = requests.Session()
+        self._http = httpx.Client(timeout=timeout_s)
 
-    def predict(self, model: str, image: bytes, top_k: int = 5) -> Ranked:
-        """Ask a classifier about one encoded image.
+    def predict(self, model: str, image: bytes, top_k: int = TOP_K) -> Ranked:
+        """Ask a classifier about one encoded image; `model` may be `name@alias` or `name/versions/3`."""
+        return self._ask(_about(model, image, top_k=top_k), _ranked)[0]
 
-        Raises:
-            DataError: the endpoint refuses the request; the message is its own.
-            ClusterError: it does not answer, or fails.
-        """
-        return self._ask(model, image, {"top_k": top_k}, _ranked)
+    def predict_many(self, model: str, images: Sequence[bytes], top_k: int = TOP_K) -> list[Ranked]:
+        """Ask a classifier about several images in one request; in their order."""
+        return self._ask(_about_many(model, images, top_k=top_k), _ranked)
 
-    def detect(self, model: str, image: bytes, *, score_threshold: float = 0.25, max_detections: int = 100) -> Found:
-        """Ask a detector about one encoded image.
+    def detect(
+        self,
+        model: str,
+        image: bytes,
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        iou_threshold: float | None = None,
+    ) -> Found:
+        """Ask a detector about one encoded image."""
+        asked = _detection(score_threshold, max_detections, iou_threshold)
+        return self._ask(_about(model, image, **asked), _found)[0]
 
-        Raises:
-            DataError: the endpoint refuses the request; the message is its own.
-            ClusterError: it does not answer, or fails.
-        """
-        asked = {"score_threshold": score_threshold, "max_detections": max_detections}
-        return self._ask(model, image, asked, _found)
+    def detect_many(
+        self,
+        model: str,
+        images: Sequence[bytes],
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        iou_threshold: float | None = None,
+    ) -> list[Found]:
+        """Ask a detector about several images in one request; in their order."""
+        asked = _detection(score_threshold, max_detections, iou_threshold)
+        return self._ask(_about_many(model, images, **asked), _found)
 
-    def _ask(
-        self, model: str, image: bytes, asked: Mapping[str, float], read: Callable[[dict[str, Any]], AnswerT]
-    ) -> AnswerT:
-        try:
-            response = self.session.post(
-                f"{self.url}/predict/{model}", params=asked, data=image, timeout=self.timeout_s
-            )
-        except requests.RequestException as error:
-            raise ClusterError(f"{self.url}: the endpoint does not answer ({type(error).__name__})") from None
-        answer = _json(response)
-        if not response.ok:
-            kind = DataError if response.status_code < 500 else ClusterError
-            raise kind(
-                f"{self.url}: {response.status_code}: {answer.get('error') or response.text[:200] or 'no reason'}"
-            )
-        try:
-            return read(answer)
-        except (KeyError, TypeError, ValueError):
-            raise ClusterError(f"{self.url}: the answer is not one of Ventral's; check the address") from None
+    def task(self, model: str) -> str:
+        """Whether a model is for `classification` or for `detection`."""
+        with _failures(self.url):
+            response = self._http.get(f"{self.url}/v2/models/{model}")
+        return _read(self.url, response, _task)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _ask(self, question: _Question, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:
+        with _failures(self.url):
+            response = self._http.post(self.url + question.path, params=question.params, **question.body)
+        return _answers(self.url, response, read)
 
 
-def _json(response: requests.Response) -> dict[str, Any]:
+class AsyncClient:
+    """One endpoint, for asyncio; otherwise as `Client`."""
+
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.AsyncClient(timeout=timeout_s)
+
+    async def predict(self, model: str, image: bytes, top_k: int = TOP_K) -> Ranked:
+        """Ask a classifier about one encoded image."""
+        return (await self._ask(_about(model, image, top_k=top_k), _ranked))[0]
+
+    async def predict_many(self, model: str, images: Sequence[bytes], top_k: int = TOP_K) -> list[Ranked]:
+        """Ask a classifier about several images in one request; in their order."""
+        return await self._ask(_about_many(model, images, top_k=top_k), _ranked)
+
+    async def detect(
+        self,
+        model: str,
+        image: bytes,
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        iou_threshold: float | None = None,
+    ) -> Found:
+        """Ask a detector about one encoded image."""
+        asked = _detection(score_threshold, max_detections, iou_threshold)
+        return (await self._ask(_about(model, image, **asked), _found))[0]
+
+    async def detect_many(
+        self,
+        model: str,
+        images: Sequence[bytes],
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        iou_threshold: float | None = None,
+    ) -> list[Found]:
+        """Ask a detector about several images in one request; in their order."""
+        asked = _detection(score_threshold, max_detections, iou_threshold)
+        return await self._ask(_about_many(model, images, **asked), _found)
+
+    async def task(self, model: str) -> str:
+        """Whether a model is for `classification` or for `detection`."""
+        with _failures(self.url):
+            response = await self._http.get(f"{self.url}/v2/models/{model}")
+        return _read(self.url, response, _task)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _ask(self, question: _Question, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:
+        with _failures(self.url):
+            response = await self._http.post(self.url + question.path, params=question.params, **question.body)
+        return _answers(self.url, response, read)
+
+
+class _Question(NamedTuple):
+    """A request: where to, its query, and its body as httpx takes it."""
+
+    path: str
+    params: Mapping[str, float]
+    body: Mapping[str, Any]
+
+
+def _about(model: str, image: bytes, **asked: float) -> _Question:
+    return _Question(f"/predict/{model}", asked, {"content": image})
+
+
+def _about_many(model: str, images: Sequence[bytes], **asked: float) -> _Question:
+    files = [("images", (str(number), image)) for number, image in enumerate(images)]
+    if not files:
+        raise DataError("expected at least one image, got none")
+    return _Question(f"/predict/{model}", asked, {"files": files})
+
+
+def _detection(score_threshold: float, max_detections: int, iou_threshold: float | None) -> dict[str, float]:
+    asked: dict[str, float] = {"score_threshold": score_threshold, "max_detections": max_detections}
+    return asked if iou_threshold is None else asked | {"iou_threshold": iou_threshold}
+
+
+@contextmanager
+def _failures(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ClusterError(f"{url}: the endpoint does not answer ({type(error).__name__})") from None
+    except httpx.InvalidURL as error:
+        raise DataError(f"{url}: is no address of an endpoint ({error})") from None
+
+
+def _answers(url: str, response: httpx.Response, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:
+    """One for each image; what is said of the whole request is said of each."""
+
+    def each(answer: dict[str, Any]) -> list[AnswerT]:
+        whole = {"model": answer["model"], "request_id": answer["request_id"]}
+        return [read(result | whole) for result in answer.get("results", [answer])]
+
+    return _read(url, response, each)
+
+
+def _read(url: str, response: httpx.Response, read: Callable[[dict[str, Any]], AnswerT]) -> AnswerT:
+    answer = _json(response)
+    if not response.is_success:
+        kind = DataError if response.status_code < 500 else ClusterError
+        reason = answer.get("error") or response.text[:200] or "no reason"
+        raise kind(f"{url}: {response.status_code}: {reason}")
+    try:
+        return read(answer)
+    except (KeyError, TypeError, ValueError):
+        raise ClusterError(f"{url}: the answer is not one of Ventral's; check the address") from None
+
+
+def _json(response: httpx.Response) -> dict[str, Any]:
     """The body, or nothing where it is no JSON object: what refuses in front of the application says so in text."""
     try:
         answer = response.json()
-    except requests.JSONDecodeError:
+    except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _task(answer: dict[str, Any]) -> str:
+    return str(answer["properties"]["task"])
 
 
 def _ranked(answer: dict[str, Any]) -> Ranked:

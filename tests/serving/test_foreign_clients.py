@@ -1,21 +1,28 @@
-"""The Open Inference Protocol through a client that others wrote, unmodified, over real HTTP: proxy, ingress, model."""
+"""Clients over real HTTP (proxy, ingress, model): those of the Open Inference Protocol, unmodified, and our own."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
+from open_inference.openapi.client import InferenceRequest, OpenInferenceClient
+from open_inference.openapi.errors import BadRequestError, NotFoundError
 from PIL import Image
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
+from jobs import call
 from jobs._deploy import deploy
 from jobs._process import Service
 from pipeline.inference.bundle import Bundle
+from pipeline.inference.client import AsyncClient, Ranked
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Classification
 
@@ -165,3 +172,54 @@ def test_body_that_is_an_image_alone_is_answered_binary(url: str, offline: Predi
         answer.content, header_length=int(answer.headers["Inference-Header-Content-Length"])
     )
     np.testing.assert_allclose(found.as_numpy("probabilities"), probabilities(offline, [image]), atol=1e-5)
+
+
+def test_client_made_of_the_protocols_own_description_is_answered(url: str, offline: Predictor, picture: Any) -> None:
+    client = OpenInferenceClient(base_url=url)
+    client.check_server_liveness()
+    client.check_server_readiness()
+    client.check_model_readiness("tiny")
+    assert client.read_server_metadata().name == "ventral"
+    assert client.read_model_metadata("tiny").inputs[0].datatype == "BYTES"
+    images = [picture(seed) for seed in range(3)]
+    texts = [base64.b64encode(data).decode() for data in images]
+    image = {"name": "image", "shape": [3], "datatype": "BYTES", "data": texts}
+    answer = client.model_infer("tiny", request=InferenceRequest(id="9", inputs=[image]))
+    assert (answer.model_name, answer.id) == ("tiny", "9")
+    found = {one.name: one for one in answer.outputs}["probabilities"]
+    expected = probabilities(offline, images)
+    np.testing.assert_allclose(np.reshape(found.data.__root__, found.shape), expected, atol=1e-5)
+    with pytest.raises(NotFoundError):
+        client.read_model_metadata("tinny")
+    with pytest.raises(BadRequestError):
+        client.model_infer("tiny", request=InferenceRequest(inputs=[image | {"shape": [4]}]))
+
+
+def test_job_prints_the_classes_of_files(
+    url: str, offline: Predictor, picture: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    for seed, name in enumerate(names):
+        (tmp_path / name).write_bytes(picture(seed))
+    argv = [f"url={url}", "model=tiny", f"images=[{', '.join(names)}]", f"data_root={tmp_path}", "top_k=2"]
+    assert call.main([*argv, "images_per_request=2"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [name for name in names for _ in range(2)]
+    for row, expected in enumerate(probabilities(offline, [picture(seed) for seed in range(3)])):
+        assert lines[2 * row][2] == f"class {expected.argmax()}"
+        assert float(lines[2 * row][1]) == pytest.approx(expected.max(), abs=1e-4)
+    assert call.main([*argv, "model=tinny"]) != 0
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+    assert call.main([*argv, "images=[z.jpg]"]) != 0
+    assert "z.jpg: cannot be read" in capsys.readouterr().err
+
+
+def test_asyncio_client_asks_many_things_at_once(url: str, offline: Predictor, picture: Any) -> None:
+    images = [picture(seed) for seed in range(12)]
+
+    async def ask() -> list[Ranked]:
+        async with AsyncClient(url) as client:
+            return await asyncio.gather(*(client.predict("tiny", image, top_k=1) for image in images))
+
+    best = [found.labels[0] for found in asyncio.run(ask())]
+    assert best == probabilities(offline, images).argmax(axis=1).tolist()

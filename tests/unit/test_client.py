@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ClusterError, DataError
-from pipeline.inference.client import Client, Ranked
+from pipeline.inference.client import AsyncClient, Client, Ranked
 
 ROWS = [{"label": 2, "class_name": "cat", "score": 0.75}, {"label": 0, "class_name": "ant", "score": 0.25}]
 GOOD = {"model": {"name": "pets", "version": "3"}, "predictions": ROWS, "request_id": "r1"}
@@ -41,6 +42,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.server.body)
 
+    def do_GET(self) -> None:
+        self.server.asked = (self.path, b"")
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(self.server.body)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""
 
@@ -55,10 +63,64 @@ def endpoint() -> Iterator[Endpoint]:
         thread.join()
 
 
+CAT = Ranked("pets", "3", (2, 0), ("cat", "ant"), (0.75, 0.25), "r1")
+BOX = [{"label": 2, "class_name": "cat", "score": 0.75, "box": [1, 2, 3.5, 4]}]
+
+
 def test_an_answer_is_read_and_the_question_is_the_bytes(endpoint: Endpoint) -> None:
-    ranked = Client(endpoint.url + "/").predict("pets", b"\x00image", top_k=2)
-    assert ranked == Ranked("pets", "3", (2, 0), ("cat", "ant"), (0.75, 0.25), "r1")
+    with Client(endpoint.url + "/") as client:
+        assert client.predict("pets", b"\x00image", top_k=2) == CAT
     assert endpoint.asked == ("/predict/pets?top_k=2", b"\x00image")
+
+
+def test_asyncio_gets_the_same_answers_to_many_questions_at_once(endpoint: Endpoint) -> None:
+    async def ask() -> list[Ranked]:
+        async with AsyncClient(endpoint.url) as client:
+            return await asyncio.gather(*(client.predict("pets", b"image", top_k=2) for _ in range(8)))
+
+    assert asyncio.run(ask()) == [CAT] * 8
+
+
+def test_several_images_go_together_and_come_back_in_their_order(endpoint: Endpoint) -> None:
+    head = {key: GOOD[key] for key in ("model", "request_id")}
+    endpoint.body = json.dumps(head | {"results": [{"predictions": ROWS}, {"predictions": ROWS[1:]}]}).encode()
+    with Client(endpoint.url) as client:
+        first, second = client.predict_many("pets@champion", [b"\x00one\r\n", b"two"])
+    assert (first, second.labels, second.version) == (CAT, (0,), "3")
+    path, body = endpoint.asked
+    assert path == "/predict/pets@champion?top_k=5"
+    assert 0 < body.index(b"\x00one\r\n") < body.index(b"two")
+    with Client(endpoint.url) as client, pytest.raises(DataError, match="at least one image"):
+        client.predict_many("pets", [])
+
+
+def test_boxes_are_read_and_thresholds_asked_for(endpoint: Endpoint) -> None:
+    head = {key: GOOD[key] for key in ("model", "request_id")}
+    endpoint.body = json.dumps(head | {"predictions": BOX}).encode()
+    with Client(endpoint.url) as client:
+        found = client.detect("pets", b"image", score_threshold=0.5, max_detections=3, iou_threshold=0.4)
+    assert endpoint.asked[0] == "/predict/pets?score_threshold=0.5&max_detections=3&iou_threshold=0.4"
+    assert (found.class_names, found.detections.boxes_xyxy.tolist()) == (("cat",), [[1, 2, 3.5, 4]])
+    endpoint.body = json.dumps(head | {"results": [{"predictions": BOX}, {"predictions": []}]}).encode()
+
+    async def ask() -> list[int]:
+        async with AsyncClient(endpoint.url) as client:
+            return [len(one.detections) for one in await client.detect_many("pets", [b"a", b"b"])]
+
+    assert asyncio.run(ask()) == [1, 0]
+
+
+def test_task_is_that_of_the_models_metadata(endpoint: Endpoint) -> None:
+    endpoint.body = json.dumps({"name": "pets", "properties": {"task": "detection"}}).encode()
+    with Client(endpoint.url) as client:
+        assert client.task("pets@champion") == "detection"
+    assert endpoint.asked[0] == "/v2/models/pets@champion"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "http://127.0.0.1:99999", "http://[::1", "ftp://here"])
+def test_what_is_no_address_is_told(url: str) -> None:
+    with pytest.raises((ClusterError, DataError), match=r"does not answer|is no address"):
+        Client(url).predict("pets", b"image")
 
 
 @pytest.mark.parametrize(

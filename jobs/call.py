@@ -1,0 +1,78 @@
+"""Ask an endpoint about images on this machine, and print what it answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from jobs._run import Job, run
+from pipeline.errors import DataError
+from pipeline.inference.client import MAX_DETECTIONS, SCORE_THRESHOLD, TOP_K, Client
+
+
+class Call(Job):
+    """What is asked.
+
+    Attributes:
+        url: the endpoint's address.
+        model: a served model; `name@alias` or `name/versions/3` to be sure of the version.
+        images: files; relative paths lie in `data_root`.
+        top_k: of a classifier, the classes that are printed.
+        score_threshold, max_detections: of a detector, which objects are.
+        images_per_request: how many are sent together.
+    """
+
+    url: str = "http://127.0.0.1:8000"
+    model: str
+    images: tuple[Path, ...] = Field(min_length=1)
+    top_k: int = Field(default=TOP_K, ge=1)
+    score_threshold: float = Field(default=SCORE_THRESHOLD, ge=0, le=1)
+    max_detections: int = Field(default=MAX_DETECTIONS, ge=1)
+    images_per_request: int = Field(default=16, ge=1)
+
+
+def call(job: Call) -> None:
+    """Ask, and print a line for each class or object."""
+    with Client(job.url) as client:
+        lines = _objects if client.task(job.model.partition("/")[0]) == "detection" else _classes
+        for at in range(0, len(job.images), job.images_per_request):
+            paths = job.images[at : at + job.images_per_request]
+            for line in lines(client, job, [_read(job.data_folder / path) for path in paths], paths):
+                print(line)
+
+
+def _classes(client: Client, job: Call, images: list[bytes], paths: Sequence[Path]) -> Iterator[str]:
+    for path, ranked in zip(paths, client.predict_many(job.model, images, job.top_k), strict=True):
+        for name, score in zip(ranked.class_names, ranked.scores, strict=True):
+            yield f"{path}  {score:.4f}  {name}"
+
+
+def _objects(client: Client, job: Call, images: list[bytes], paths: Sequence[Path]) -> Iterator[str]:
+    answers = client.detect_many(
+        job.model, images, score_threshold=job.score_threshold, max_detections=job.max_detections
+    )
+    for path, found in zip(paths, answers, strict=True):
+        boxes = found.detections
+        for name, score, box in zip(found.class_names, boxes.scores, boxes.boxes_xyxy, strict=True):
+            yield f"{path}  {score:.4f}  {name}  {' '.join(f'{side:.1f}' for side in box)}"
+        if not len(boxes):
+            yield f"{path}  nothing found"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line: python -m jobs.call model=digits 'images=[a.png, b.png]'."""
+    return run(Call, call, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
