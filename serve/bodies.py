@@ -13,7 +13,7 @@ import zlib
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -21,6 +21,8 @@ from starlette.requests import ClientDisconnect, Request
 from serve.problems import Problem
 from serve.schemas import Limits
 
+MAX_ECHO = 80
+"""Characters of a client's own text that an answer may repeat."""
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # as zlib has them; HTTP's deflate is zlib's format
 _NO_IMAGE = "Expected an encoded image as the request's body, got no bytes at all."
 _SEVERAL = {
@@ -65,12 +67,12 @@ async def images(request: Request, limits: Limits) -> Images:
     if kind == "multipart/form-data":
         found = await _files(request, body, limits)
     elif kind == "application/json":
-        found = _of_json(body)
+        found = _of_json(body, limits)
     else:
         found = (body,)
     if not found or not all(found):
         raise Problem(400, "image_empty", _SEVERAL.get(kind, _NO_IMAGE))
-    if len(found) > limits.max_images:
+    if len(found) > limits.most_images:
         raise too_many(len(found), limits)
     return Images(found, kind not in _SEVERAL)
 
@@ -96,7 +98,7 @@ async def read(request: Request, limits: Limits) -> bytes:
 
 def too_many(count: int, limits: Limits) -> Problem:
     """The refusal of more images than one request may bring."""
-    return Problem(413, "too_many_images", f"Expected at most {limits.max_images} images in a request, got {count}.")
+    return Problem(413, "too_many_images", f"Expected at most {limits.most_images} images in a request, got {count}.")
 
 
 def from_base64(text: Any, at: int) -> bytes:
@@ -150,15 +152,19 @@ async def _files(request: Request, body: bytes, limits: Limits) -> tuple[bytes, 
     async def whole() -> AsyncGenerator[bytes]:
         yield body
 
-    parser = _Parser(request.headers, whole(), max_files=limits.max_images, max_fields=0)
+    parser = _Parser(request.headers, whole(), max_files=limits.most_images, max_fields=0)
     parser.spool_max_size = len(body) + 1  # in memory, where the body is already
     try:
         form = await parser.parse()
         if not parser.has_ended:
             raise MultiPartException("It is cut short.")
+    except UnicodeError:
+        raise Problem(
+            400, "multipart", "The body's parts have names that are not in the charset it is said to be in."
+        ) from None
     except MultiPartException as error:
         if "Too many files" in error.message:
-            raise too_many(limits.max_images + 1, limits) from None
+            raise too_many(limits.most_images + 1, limits) from None
         expected = "The body is not multipart/form-data whose parts are all files, with a filename"
         raise Problem(400, "multipart", f"{expected}: {error.message}") from None
     try:
@@ -167,19 +173,26 @@ async def _files(request: Request, body: bytes, limits: Limits) -> tuple[bytes, 
         await form.close()
 
 
-class _Json(BaseModel):
-    """Images as base64."""
+def json_object(body: bytes) -> dict[str, Any]:
+    """A JSON object, whose values are still to be looked at one by one: of many wrong ones only the first is told.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    images: list[str]
-
-
-def _of_json(body: bytes) -> tuple[bytes, ...]:
+    Raises:
+        Problem: it is none.
+    """
     try:
-        texts = _Json.model_validate_json(body).images
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise Problem(400, "json", f'Expected {{"images": ["<base64>", ...]}}; {where}: {first["msg"]}.') from None
+        said = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise Problem(400, "json", f"body: {str(error)[:MAX_ECHO]}.") from None
+    if not isinstance(said, dict):
+        raise Problem(400, "json", "body: expected a JSON object.")
+    return said
+
+
+def _of_json(body: bytes, limits: Limits) -> tuple[bytes, ...]:
+    said = json_object(body)
+    texts = said.get("images")
+    if said.keys() != {"images"} or not isinstance(texts, list):
+        raise Problem(400, "json", 'Expected {"images": ["<base64>", ...]}, and no other key.')
+    if len(texts) > limits.most_images:
+        raise too_many(len(texts), limits)
     return tuple(from_base64(text, at) for at, text in enumerate(texts))

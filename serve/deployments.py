@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import ray.serve
 import torch
 
@@ -98,11 +99,15 @@ class Replica:
         return self.predictor.decode(data, decoding=policy)
 
     def _select(self, wanted: Wanted) -> Selection:
-        """By what overlap candidates are suppressed, and how many are kept; of no importance to a classifier."""
+        """Which candidates count, and by what overlap they are suppressed; of no importance to a classifier.
+
+        What scores less than is wanted suppresses nothing that is wanted, so it can be left out beforehand.
+        """
         own = self.predictor.model.select if isinstance(self.predictor.model, Detector) else Selection()
+        below = np.nextafter(np.float32(wanted.score_threshold), np.float32(-1))  # the threshold itself is enough
         overlap = own.iou_threshold if wanted.iou_threshold is None else wanted.iou_threshold
-        most = max(own.max_detections, wanted.max_detections)
-        return own.model_copy(update={"iou_threshold": overlap, "max_detections": most})
+        keys = {"score_threshold": float(below), "iou_threshold": overlap, "max_detections": wanted.max_detections}
+        return own.model_copy(update=keys)
 
     def _names(self, answer: Answer) -> tuple[str, ...]:
         return tuple(self.predictor.classes[label] for label in answer.labels.tolist())

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pipeline.config import nearest
 from serve import problems
+from serve.bodies import MAX_ECHO
 from serve.problems import Problem
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
 
@@ -35,8 +36,8 @@ class Tally:
     """What a model has done here; times in milliseconds.
 
     Attributes:
-        requests, images: that were answered.
-        failed: requests that were not, whoever was to blame.
+        requests, images: that were answered, of those that reached the model.
+        failed: requests that reached it and were not, whoever was to blame.
         total_ms: of answered requests.
         failed_ms: of the others.
         decode_ms, queue_ms, infer_ms: over all images.
@@ -52,6 +53,25 @@ class Tally:
     queue_ms: float = 0.0
     infer_ms: float = 0.0
     last_ms: int = 0
+
+    def note(self, answers: Sequence[Told | Refused], ms: float) -> None:
+        """Count a request whose images were all looked at; one that is no image makes it a failure."""
+        told = [answer for answer in answers if isinstance(answer, Told)]
+        if len(told) < len(answers):
+            self.note_failure(ms)
+            return
+        self.requests += 1
+        self.images += len(told)
+        self.total_ms += ms
+        self.decode_ms += sum(answer.decode_ms for answer in told)
+        self.queue_ms += sum(answer.queue_ms for answer in told)
+        self.infer_ms += sum(answer.infer_ms for answer in told)
+        self.last_ms = round(1000 * time.time())
+
+    def note_failure(self, ms: float) -> None:
+        """Count a request without an answer."""
+        self.failed += 1
+        self.failed_ms += ms
 
 
 class Gate:
@@ -75,7 +95,7 @@ class Gate:
             raise Problem(404, "unknown_model", f"no model is called '{name}'; {nearest(name, list(self.served))}")
         found = self.served[name]
         if (alias and alias != found.alias) or version not in {None, found.version}:
-            wanted = f"version {version}" if version else f"alias {alias}"
+            wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
             here = f"version {found.version}" + (f" ({found.alias})" if found.alias else "")
             raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {here} is.")
         return found
@@ -114,18 +134,9 @@ class Gate:
             async with asyncio.timeout(min(self.limits.answer_s, within_s or self.limits.answer_s)):
                 answers = await self._ask.predict(model.name, images, wanted)
         except Exception as error:
-            tally.failed += 1
-            tally.failed_ms += 1000 * (time.monotonic() - began)
+            tally.note_failure(1000 * (time.monotonic() - began))
             raise problems.of_exception(error) from error
-        tally.requests += 1
-        tally.images += len(images)
-        tally.total_ms += 1000 * (time.monotonic() - began)
-        for answer in answers:
-            if isinstance(answer, Told):
-                tally.decode_ms += answer.decode_ms
-                tally.queue_ms += answer.queue_ms
-                tally.infer_ms += answer.infer_ms
-        tally.last_ms = round(1000 * time.time())
+        tally.note(answers, 1000 * (time.monotonic() - began))
         return answers
 
     async def waiting_for(self) -> list[str]:
@@ -143,18 +154,27 @@ class Gate:
             return problems.of_exception(error).code == "overloaded"  # too busy to say so is ready enough
 
 
-def wanted_of(found: Served, asked: Asked, *, picture: bool = False, pixels: bool = False) -> Wanted:
+def wanted_of(
+    found: Served, asked: Asked, *, where: str = "query", picture: bool = False, pixels: bool = False
+) -> Wanted:
     """What a request asks of a model.
+
+    Args:
+        found: the model.
+        asked: the keys of a request.
+        where: its part that holds them; the query's are refused with 422, those of a body with 400.
+        picture: see `Wanted`.
+        pixels: see `Wanted`.
 
     Raises:
         Problem: a key is not one of its task, or there are no boxes to draw.
     """
-    plain, given = Wanted(), asked.model_dump(exclude_none=True)
+    plain, given, status = Wanted(), asked.model_dump(exclude_none=True), 422 if where == "query" else 400
     for key in given:
         if (key == "top_k") != (found.task == "classification"):
-            raise Problem(422, "query", f"query.{key}: {found.name} is for {found.task}, leave it out.")
+            raise Problem(status, where, f"{where}.{key}: {found.name} is for {found.task}, leave it out.")
     if asked.top_k is not None and asked.top_k > found.num_classes:
-        raise Problem(422, "query", f"query.top_k: {found.name} has {found.num_classes} classes, got {asked.top_k}.")
+        raise Problem(status, where, f"{where}.top_k: {found.name} has {found.num_classes} classes, got {asked.top_k}.")
     if picture and found.task != "detection":
         raise Problem(406, "picture", f"{found.name} is for {found.task} and has no boxes to draw; accept JSON.")
     return replace(plain, **{"top_k": min(plain.top_k, found.num_classes)} | given, picture=picture, pixels=pixels)

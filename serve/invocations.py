@@ -8,11 +8,12 @@ several models are served the query says which, `?model=<name>`, or SageMaker's 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from serve import bodies
 from serve.gate import Gate, told_of, wanted_of
@@ -21,28 +22,7 @@ from serve.schemas import Asked, Served, Told
 
 TARGET = "X-Amzn-SageMaker-Target-Model"
 COLUMN = "image"
-_FORMS = ("dataframe_records", "dataframe_split", "instances", "inputs")
-
-
-class Split(BaseModel):
-    """A table as its columns' names and its rows."""
-
-    model_config = ConfigDict(extra="ignore")  # pandas sends its index too
-
-    columns: list[str]
-    data: list[list[Any]]
-
-
-class Invocation(BaseModel):
-    """MLflow's JSON; one form of it is given."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dataframe_records: list[dict[str, Any]] | None = None
-    dataframe_split: Split | None = None
-    instances: list[Any] | None = None
-    inputs: list[Any] | dict[str, list[Any]] | None = None
-    params: dict[str, Any] = {}
+_MOST_PARAMS = 20  # one more than there are is refused in any case
 
 
 def install(app: FastAPI, gate: Gate) -> None:
@@ -68,7 +48,7 @@ class Invocations:
         found = self._find(model or request.headers.get(TARGET))
         with gate.room():
             images, params = await self._read(request)
-            wanted = wanted_of(found, _asked(params))
+            wanted = wanted_of(found, _asked(params), where="params")
             with gate.room(len(images) - 1):
                 told = told_of(await gate.ask(found, images, wanted), is_plain=False)
         return JSONResponse({"predictions": list(map(_prediction, told))})
@@ -83,46 +63,53 @@ class Invocations:
         limits = self.gate.limits
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return (await bodies.images(request, limits)).data, {}
-        said = _parsed(await bodies.read(request, limits))
-        texts = _texts(said)
-        if len(texts) > limits.max_images:
+        said = bodies.json_object(await bodies.read(request, limits))
+        params = {} if said.get("params") is None else said["params"]
+        said.pop("params", None)
+        if len(said) != 1 or not said.keys() <= _FORMS.keys() or not isinstance(params, dict):
+            raise Problem(400, "json", f"Expected one of {', '.join(_FORMS)}, and params as an object.")
+        ((form, value),) = said.items()
+        texts = _FORMS[form](value)
+        if not isinstance(texts, list) or not texts:
+            raise Problem(400, "json", f"{form}: expected images in a column '{COLUMN}', at least one.")
+        if len(texts) > limits.most_images:
             raise bodies.too_many(len(texts), limits)
-        return tuple(bodies.from_base64(text, at) for at, text in enumerate(texts)), said.params
+        return tuple(bodies.from_base64(text, at) for at, text in enumerate(texts)), params
 
 
-def _parsed(body: bytes) -> Invocation:
-    try:
-        said = Invocation.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise Problem(400, "json", f"{where}: {first['msg']}.") from None
-    if sum(getattr(said, form) is not None for form in _FORMS) != 1:
-        raise Problem(400, "json", f"Expected one of {', '.join(_FORMS)}.")
-    return said
+def _rows(value: Any) -> Any:
+    """The elements of a list; of objects their image."""
+    if not isinstance(value, list):
+        return None
+    return [row.get(COLUMN) if isinstance(row, dict) else row for row in value]
 
 
-def _texts(said: Invocation) -> list[Any]:
-    """The elements of the column `image`, in any form."""
-    if said.dataframe_split is not None:
-        if said.dataframe_split.columns != [COLUMN]:
-            raise Problem(400, "json", f"dataframe_split.columns: expected [{COLUMN!r}] alone.")
-        rows: list[Any] = [one for row in said.dataframe_split.data for one in row[:1] or [None]]
-    elif isinstance(said.inputs, dict):
-        rows = said.inputs.get(COLUMN, []) if said.inputs.keys() == {COLUMN} else [None]
-    else:
-        rows = said.dataframe_records or said.instances or said.inputs or []
-    if not rows:
-        raise Problem(400, "image_empty", "Expected at least one image, got none.")
-    return [row.get(COLUMN) if isinstance(row, dict) else row for row in rows]
+def _columns(value: Any) -> Any:
+    """The image's column of an object, or the elements of a list."""
+    return value.get(COLUMN) if isinstance(value, dict) else _rows(value)
+
+
+def _split(value: Any) -> Any:
+    """The first column of a table, which is to be the image's; pandas' index is left out."""
+    if not isinstance(value, dict) or value.get("columns") != [COLUMN] or not isinstance(value.get("data"), list):
+        return None
+    return [row[0] if isinstance(row, list) and row else None for row in value["data"]]
+
+
+_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "dataframe_records": _rows,
+    "dataframe_split": _split,
+    "instances": _rows,
+    "inputs": _columns,
+}
 
 
 def _asked(params: dict[str, Any]) -> Asked:
     try:
-        return Asked.model_validate(params)
+        return Asked.model_validate({key: params[key] for key in list(params)[:_MOST_PARAMS]})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise Problem(400, "json", f"params.{first['loc'][0]}: {first['msg']}.") from None
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Problem(400, "params", f"params.{str(first['loc'][0])[: bodies.MAX_ECHO]}: {first['msg']}.") from None
 
 
 def _prediction(told: Told) -> dict[str, Any]:

@@ -13,15 +13,16 @@ and `timeout` in microseconds.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field, StrictInt, ValidationError
+from pydantic import BaseModel, FailFast, Field, StrictInt, ValidationError
 
 from pipeline import imaging
 from serve import bodies, tensors
@@ -51,13 +52,14 @@ OUTPUTS: Mapping[str, Mapping[str, tuple[str, list[int]]]] = {
 """Names of the outputs of each task, their datatypes and shapes; -1 for any size."""
 _SEQUENCES = ("sequence_id", "sequence_start", "sequence_end")
 _NS = 1_000_000  # nanoseconds of a millisecond
+_LONGEST_US = 10**12
 
 
 class InputIn(BaseModel):
     """One tensor of a request; unknown keys are for other servers."""
 
     name: str
-    shape: list[StrictInt] = Field(max_length=8)
+    shape: Annotated[list[StrictInt], FailFast()] = Field(max_length=8)
     datatype: str
     parameters: dict[str, Any] = {}
     data: Any = None
@@ -75,8 +77,8 @@ class InferIn(BaseModel):
 
     id: str | None = Field(default=None, max_length=256)
     parameters: dict[str, Any] = {}
-    inputs: list[InputIn]
-    outputs: list[OutputIn] = []
+    inputs: Annotated[list[InputIn], FailFast()]
+    outputs: Annotated[list[OutputIn], FailFast()] = []
 
 
 _TEXT = {"type": "string"}
@@ -125,6 +127,8 @@ def install(app: FastAPI, gate: Gate) -> None:
     add("GET", "/v2/models", routes.models)
     add("GET", "/v2/models/stats", routes.statistics)  # before a model of this name
     add("POST", "/v2/repository/index", routes.index)
+    for verb in ("load", "unload"):
+        add("POST", f"/v2/repository/models/{{model}}/{verb}", routes.load)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         add("GET", model, routes.metadata)
         add("GET", f"{model}/ready", routes.model_ready)
@@ -180,8 +184,10 @@ class Oip:
             raise Problem(503, "unavailable", f"Not loaded yet: {found.name}.")
         return {"name": found.name, "ready": True}
 
-    async def index(self) -> list[dict[str, str]]:
-        """The models, and whether they are loaded."""
+    async def index(self, request: Request) -> list[dict[str, str]]:
+        """The models, and whether they are loaded; with `{"ready": true}` those that are."""
+        body = await bodies.read(request, self.gate.limits)
+        only_ready = bool(body.strip()) and bodies.json_object(body).get("ready") is True
         waiting = await self.gate.waiting_for()
         return [
             {
@@ -191,7 +197,12 @@ class Oip:
                 "reason": "loading" if found.name in waiting else "",
             }
             for found in self.gate.served.values()
+            if not (only_ready and found.name in waiting)
         ]
+
+    async def load(self) -> None:
+        """Refuse: what is served is what an alias of the registry names."""
+        raise Problem(400, "unsupported", "Models are not loaded or unloaded here; deploy what is to be served.")
 
     async def statistics(self, request: Request) -> dict[str, Any]:
         """What this process has answered, since it began; nanoseconds, as Triton has them."""
@@ -200,21 +211,23 @@ class Oip:
 
     async def infer(self, request: Request) -> Response:
         """Answer about the tensor `image`, or about a body that is an image."""
-        gate = self.gate
-        found = self._find(request)
+        gate, found = self.gate, self._find(request)
         with gate.room():
             body = await bodies.read(request, gate.limits)
-            asked = parse(body, request.headers.get(HEADER), gate.limits)
+            asked = await asyncio.to_thread(parse, body, request.headers.get(HEADER), gate.limits)
+            del body  # the images stay, as they are sent on
             parameters = asked.said.parameters
-            if (version := parameters.get("model_version")) not in {None, ""}:
-                found = gate.find(found.name, str(version))
-            wanted = wanted_of(found, _asked(parameters), pixels=asked.image.datatype == "UINT8")
+            if (version := parameters.get("model_version")) is not None:
+                found = gate.find(found.name, str(version) or None)
+            _check_outputs(asked.said.outputs, found)
+            pixels = asked.image.datatype == "UINT8"
+            wanted = wanted_of(found, _asked(parameters), where="parameters", pixels=pixels)
             images = _encoded(asked.image)
             with gate.room(len(images) - 1):
                 every = replace(wanted, top_k=found.num_classes)  # of a classifier: for all probabilities
                 told = told_of(await gate.ask(found, images, every, _timeout_s(parameters)), is_plain=False)
-        made = _detected(told) if found.task == "detection" else _ranked(told, found.num_classes, wanted.top_k)
-        return _response(found, asked, told, made)
+                made = _detected(told) if found.task == "detection" else _ranked(told, found.num_classes, wanted.top_k)
+                return _response(found, asked, told, made)
 
     def _find(self, request: Request) -> Served:
         return self.gate.find(request.path_params["model"], request.path_params.get("version"))
@@ -230,7 +243,7 @@ class Oip:
             "version": found.version,
             "last_inference": tally.last_ms,
             "inference_count": tally.images,
-            "execution_count": tally.requests,
+            "execution_count": tally.requests,  # of requests: batches are the replicas' affair
             "inference_stats": {
                 "success": spent(tally.requests, tally.total_ms),
                 "fail": spent(tally.failed, tally.failed_ms),
@@ -261,11 +274,13 @@ def parse(body: bytes, header: str | None, limits: Limits) -> Inference:
             return Inference(InferIn(inputs=[image]), Tensor(INPUT, "BYTES", (1,), (body,)), True)
         said = InferIn.model_validate_json(body[:length])
         image = _only_image(said.inputs)
-        return Inference(said, _tensor(image, body[length:], limits))
+        tensor = _tensor(image, body[length:], limits)
+        image.data = None  # what was parsed is larger than what it says
+        return Inference(said, tensor)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise Problem(400, "infer", f"{where}: {first['msg']}.") from None
+        raise Problem(400, "infer", f"{where[: bodies.MAX_ECHO]}: {first['msg']}.") from None
     except ValueError as error:
         raise Problem(400, "infer", f"{error}.") from None
 
@@ -288,9 +303,11 @@ def _tensor(image: InputIn, rest: bytes, limits: Limits) -> Tensor:
     if not is_encoded and not (datatype == "UINT8" and len(shape) == 4 and shape[3] == 3):
         expected = "expected BYTES [N] or UINT8 [N, H, W, 3]"
         raise ValueError(f"inputs.{INPUT}: {expected}, got {datatype[:20]} {[*shape]}")
-    if shape[0] > limits.max_images:
+    if shape[0] > limits.most_images:
         raise bodies.too_many(shape[0], limits)
     size = image.parameters.get("binary_data_size")
+    if "shared_memory_region" in image.parameters:
+        raise ValueError(f"inputs.{INPUT}: shared memory is not spoken here")
     if size is None:
         if rest:
             raise ValueError(f"expected no bytes behind the JSON, got {len(rest)}; say binary_data_size of {INPUT}")
@@ -313,12 +330,12 @@ def _encoded(image: Tensor) -> tuple[bytes, ...]:
 def _asked(parameters: Mapping[str, Any]) -> Asked:
     wrong = [name for name in _SEQUENCES if parameters.get(name)]
     if wrong:
-        raise Problem(400, "infer", f"parameters.{wrong[0]}: the models have no state, leave it out.")
+        raise Problem(400, "parameters", f"parameters.{wrong[0]}: the models have no state, leave it out.")
     try:
         return Asked.model_validate({key: parameters[key] for key in Asked.model_fields if key in parameters})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Problem(400, "infer", f"parameters.{first['loc'][0]}: {first['msg']}.") from None
+        raise Problem(400, "parameters", f"parameters.{first['loc'][0]}: {first['msg']}.") from None
 
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
@@ -326,8 +343,8 @@ def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     if timeout is None or timeout == 0:
         return None
     if not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 0:
-        raise Problem(400, "infer", f"parameters.timeout: expected microseconds, got {str(timeout)[:20]}.")
-    return timeout / 1e6
+        raise Problem(400, "parameters", f"parameters.timeout: expected microseconds, got {str(timeout)[:20]}.")
+    return min(timeout, _LONGEST_US) / 1e6
 
 
 def _ranked(told: Sequence[Told], num_classes: int, top_k: int) -> dict[str, Tensor]:
@@ -367,7 +384,7 @@ def _response(found: Served, asked: Inference, told: Sequence[Told], made: Mappi
     said, shown, raw = asked.said, list[dict[str, Any]](), list[bytes]()
     by_default = asked.is_plain or bool(said.parameters.get("binary_data_output"))
     for output in said.outputs or [OutputIn(name=name) for name in made]:
-        tensor = _best(output, told) if output.parameters.get("classification") else _made(output.name, made)
+        tensor = _best(output, told) if "classification" in output.parameters else made[output.name]
         one: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": [*tensor.shape]}
         if output.parameters.get("binary_data", by_default):
             raw.append(tensors.to_binary(tensor))
@@ -384,18 +401,28 @@ def _response(found: Served, asked: Inference, told: Sequence[Told], made: Mappi
     return Response(bytes(head.body) + b"".join(raw), media_type="application/octet-stream", headers=length)
 
 
-def _made(name: str, made: Mapping[str, Tensor]) -> Tensor:
-    if name not in made:
-        raise Problem(400, "infer", f"outputs: expected some of {', '.join(made)}, got {name[:40]!r}.")
-    return made[name]
+def _check_outputs(outputs: Sequence[OutputIn], found: Served) -> None:
+    """Refuse, before anything is computed, what there is not, and what is asked for twice."""
+    known, names = OUTPUTS[found.task], set[str]()
+    for output in outputs:
+        name = output.name[: bodies.MAX_ECHO]
+        if output.name not in known or name in names:
+            raise Problem(400, "infer", f"outputs: expected each once of {', '.join(known)}, got {name!r}.")
+        if "shared_memory_region" in output.parameters:
+            raise Problem(400, "infer", f"outputs.{name}: shared memory is not spoken here.")
+        count = output.parameters.get("classification", 1)
+        if "classification" in output.parameters and (name != "probabilities" or not _is_count(count)):
+            raise Problem(400, "infer", f"outputs.{name}: classification: expected a number, and for probabilities.")
+        names.add(name)
+
+
+def _is_count(count: Any) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count >= 1
 
 
 def _best(output: OutputIn, told: Sequence[Told]) -> Tensor:
     """The classification extension: the best classes as texts "score:index:label"."""
-    count = output.parameters["classification"]
-    if output.name != "probabilities" or told[0].boxes is not None or not isinstance(count, int) or count < 1:
-        raise Problem(400, "infer", f"outputs.{output.name[:40]}: classification is a number, and for probabilities.")
-    rows = [zip(one.scores, one.labels, one.class_names, strict=True) for one in told]
-    return tensors.of_texts(
-        output.name, [[f"{score:f}:{at}:{name}" for score, at, name in islice(row, count)] for row in rows]
-    )
+    count = min(output.parameters["classification"], len(told[0].labels))
+    rows = (zip(one.scores, one.labels, one.class_names, strict=True) for one in told)
+    texts = [[f"{score:f}:{label}:{name}" for score, label, name in islice(row, count)] for row in rows]
+    return tensors.of_texts(output.name, texts)

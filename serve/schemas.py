@@ -97,6 +97,11 @@ class Limits(Strict):
     body_s: float = Field(default=10.0, gt=0)
     answer_s: float = Field(default=30.0, gt=0)
 
+    @property
+    def most_images(self) -> int:
+        """Of one request: what never finds room is not to be tried again."""
+        return min(self.max_images, self.max_inflight)
+
 
 class AppArgs(Strict):
     """The application's arguments in `config.yaml`.
@@ -114,6 +119,14 @@ class AppArgs(Strict):
     limits: Limits = Limits()
     ingress_replicas: int = Field(default=1, ge=1)
     ingress_cpus: float = Field(default=0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        if any(model.name == "stats" for model in self.models):
+            raise ValueError(
+                "models: 'stats' is a path of the Open Inference Protocol; register the model by another name"
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_name_once(self) -> Self:

@@ -14,7 +14,7 @@ from pipeline.errors import ImageError, ModelError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client, Ranked
 from pipeline.inference.predictor import Predictor
-from pipeline.models._detector import MOST_CANDIDATES
+from pipeline.models._detector import MOST_CANDIDATES, DetectorConfig
 from pipeline.types import Answer, Classification, Detections, Float32Array, Int64Array, Split
 
 TOLERANCE = 1e-4
@@ -45,7 +45,7 @@ def compare(client: Client, name: str, bundle: Bundle, source: shards.Shards, sp
         if compared == num_images:
             break
         if isinstance(offline, Detections):
-            found = client.detect(name, image, score_threshold=MIN_SCORE / 2, max_detections=MOST_CANDIDATES)
+            found = client.detect(name, image, score_threshold=MIN_SCORE / 2, max_detections=_most(bundle))
             difference = _compare_boxes(image_id, offline, found.detections, classes)
         else:
             difference = _compare_ranks(image_id, offline, client.predict(name, image, min(5, len(classes))), classes)
@@ -81,6 +81,12 @@ def _compare_boxes(image_id: str, offline: Detections, served: Detections, class
                 )
             differences.append(float(off))
     return max(differences)
+
+
+def _most(bundle: Bundle) -> int:
+    """As many detections as an evaluation keeps of an image."""
+    model = bundle.card.model
+    return model.select.max_detections if isinstance(model, DetectorConfig) else MOST_CANDIDATES
 
 
 def _columns(found: Detections) -> tuple[Float32Array, Int64Array, Float32Array]:

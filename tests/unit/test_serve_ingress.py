@@ -160,10 +160,14 @@ def test_one_bad_image_of_several_is_named(pack: Any, headers: dict[str, str]) -
         (as_json(), JSON, 400, "image_empty", "got none"),
         (as_json(b"a", b""), JSON, 422, "base64", "images.1"),
         (as_json(*[b"a"] * 5), JSON, 413, "too_many_images", "at most 4 images in a request, got 5"),
+        ([b'{"images": [' + b"0," * 60_000 + b"0]}"], JSON, 413, "too_many_images", "got 60001"),
+        ([b'{"images": ["YQ=="], "' + b"x" * 100_000 + b'": 0}'], JSON, 400, "json", "no other key"),
+        ([b"[]"], JSON, 400, "json", "expected a JSON object"),
+        ([b'{"images": NaN}'], JSON, 400, "json", "body"),
         ([b'{"images": ["&&&&"]}'], JSON, 422, "base64", "images.0"),
         ([b'{"images": ["YQ==", "YQ"]}'], JSON, 422, "base64", "images.1"),
-        ([b'{"images": ["YQ==", 3]}'], JSON, 400, "json", "images.1"),
-        ([b'{"images": [], "top_k": 3}'], JSON, 400, "json", "top_k"),
+        ([b'{"images": ["YQ==", 3]}'], JSON, 422, "base64", "images.1"),
+        ([b'{"images": ["YQ=="], "top_k": 3}'], JSON, 400, "json", "no other key"),
         ([b"[" * 100_000], JSON, 400, "json", "body"),
         ([b'{"images": ["\xff"]}'], JSON, 400, "json", "body"),
         ([b"{"], JSON, 400, "json", "body"),
@@ -173,6 +177,7 @@ def test_one_bad_image_of_several_is_named(pack: Any, headers: dict[str, str]) -
         (as_files(*[b"a"] * 5), FORM, 413, "too_many_images", "at most 4"),
         (form(("", b"a")), FORM, 400, "multipart", "all files"),
         (as_files(b"a", b"b")[:-8], FORM, 400, "multipart", "cut short"),
+        (as_files(b"a"), {"content-type": FORM["content-type"] + "; charset=undefined"}, 400, "multipart", "charset"),
         ([b"no boundary in it"], FORM, 400, "multipart", "all files"),
         ([b"x"], {"content-type": "multipart/form-data"}, 400, "multipart", "boundary"),
         ([b"x"], {"content-encoding": "br"}, 415, "encoding", "expected gzip, deflate or a plain body"),
@@ -190,6 +195,7 @@ def test_body_that_is_not_what_it_says_is_refused(
     found, body, _ = asyncio.run(client.post("/predict/digits", chunks, headers=headers))
     assert (found, body["code"]) == (status, code)
     assert words in body["error"]
+    assert len(body["error"]) < 300
     assert not client.models.asked
 
 

@@ -64,17 +64,21 @@ def test_the_only_model_needs_no_name() -> None:
         (b"{", 400, "body"),
         ({}, 400, "Expected one of dataframe_records"),
         ({"inputs": [A], "instances": [A]}, 400, "Expected one of dataframe_records"),
-        ({"inputs": [A], "param": {}}, 400, "param"),
-        ({"inputs": []}, 400, "at least one image"),
+        ({"inputs": [A], "param": {}}, 400, "Expected one of dataframe_records"),
+        ({"inputs": [A], "params": []}, 400, "params as an object"),
+        ({"inputs": []}, 400, "at least one"),
+        ({"instances": 3}, 400, "instances: expected images"),
         ({"inputs": ["&"]}, 422, "images.0"),
         ({"inputs": [3]}, 422, "images.0"),
-        ({"inputs": {"picture": [A]}}, 422, "images.0"),
+        ({"inputs": {"picture": [A]}}, 400, "inputs: expected images in a column 'image'"),
         ({"instances": [A, {"picture": A}]}, 422, "images.1"),
-        ({"dataframe_split": {"columns": ["picture"], "data": [[A]]}}, 400, "dataframe_split.columns"),
+        ({"dataframe_split": {"columns": ["picture"], "data": [[A]]}}, 400, "dataframe_split: expected images"),
         ({"dataframe_split": {"columns": ["image"], "data": [[]]}}, 422, "images.0"),
-        ({"dataframe_split": {"columns": ["image"]}}, 400, "dataframe_split.data"),
+        ({"dataframe_split": {"columns": ["image"]}}, 400, "dataframe_split: expected images"),
         ({"inputs": [A], "params": {"top_k": 0}}, 400, "params.top_k"),
         ({"inputs": [A], "params": {"temperature": 1}}, 400, "params.temperature"),
+        ({"inputs": [A], "params": {"x" * 10_000: 1}}, 400, "params.x"),
+        ({"inputs": [A], "params": {"score_threshold": 0.5}}, 400, "params.score_threshold: digits is for"),
         ({"inputs": [A] * 5}, 413, "at most 4 images"),
     ],
 )
@@ -83,6 +87,7 @@ def test_json_that_is_none_of_mlflows_is_refused(said: Any, status: int, words: 
     found, body, _ = post(client, said)
     assert found == status
     assert words in body["error"]
+    assert len(body["error"]) < 300
     assert not client.models.asked
 
 

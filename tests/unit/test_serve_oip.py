@@ -121,6 +121,10 @@ def test_objects_are_padded_to_the_most_of_an_image() -> None:
         ({"inputs": [IMAGE], "parameters": {"timeout": -1}}, b"", None, "expected microseconds"),
         ({"inputs": [IMAGE], "parameters": {"sequence_id": 4}}, b"", None, "have no state"),
         ({"inputs": [IMAGE], "id": "x" * 300}, b"", None, "id"),
+        ({"inputs": [IMAGE], "parameters": {"top_k": 11}}, b"", None, "parameters.top_k: digits has 10 classes"),
+        ({"inputs": [IMAGE], "parameters": {"iou_threshold": 0.5}}, b"", None, "parameters.iou_threshold"),
+        ({"inputs": [IMAGE | {"parameters": {"shared_memory_region": "a"}}]}, b"", None, "shared memory"),
+        (b'{"inputs": [' + b"{}," * 60_000 + b"{}]}", b"", None, "inputs.0.name"),
     ],
 )
 def test_request_that_is_none_is_refused(said: Any, rest: bytes, headers: Any, words: str) -> None:
@@ -128,21 +132,56 @@ def test_request_that_is_none_is_refused(said: Any, rest: bytes, headers: Any, w
     status, body, found = post(client, said, rest, headers)
     assert (status, found["content-type"]) == (400, "application/json")
     assert words in body["error"]
+    assert len(body["error"]) < 300
     assert not client.models.asked
 
 
 @pytest.mark.parametrize(
-    "output",
+    "outputs",
     [
-        {"name": "boxes"},
-        {"name": "top_k_scores", "parameters": {"classification": 2}},
-        {"name": "probabilities", "parameters": {"classification": -1}},
-        {"name": "probabilities", "parameters": {"classification": "2"}},
+        [{"name": "boxes"}],
+        [{"name": "probabilities"}] * 2,
+        [{"name": "top_k_scores", "parameters": {"classification": 2}}],
+        [{"name": "probabilities", "parameters": {"classification": -1}}],
+        [{"name": "probabilities", "parameters": {"classification": "2"}}],
+        [{"name": "probabilities", "parameters": {"shared_memory_region": "a"}}],
     ],
 )
-def test_output_that_there_is_not_is_refused(output: dict[str, Any]) -> None:
-    status, body, _ = post(Client(ranked(10)), {"inputs": [IMAGE], "outputs": [output]})
+def test_outputs_that_there_are_not_are_refused_before_anything_is_computed(outputs: list[dict[str, Any]]) -> None:
+    client = Client(ranked(10))
+    status, body, _ = post(client, {"inputs": [IMAGE], "outputs": outputs})
     assert (status, body["code"]) == (400, "infer")
+    assert not client.models.asked
+
+
+@pytest.mark.parametrize("version", [[], {}, 4, "4", "x" * 10_000, True])
+def test_version_among_the_parameters_is_one_or_none(version: Any) -> None:
+    status, body, _ = post(Client(ranked(10)), {"inputs": [IMAGE], "parameters": {"model_version": version}})
+    assert status == 404
+    assert len(body["error"]) < 300
+
+
+@pytest.mark.parametrize("said", [{"parameters": {"timeout": 10**400}}, {"parameters": {"model_version": "3"}}])
+def test_parameters_of_any_size_are_taken(said: dict[str, Any]) -> None:
+    assert post(Client(ranked(10)), {"inputs": [IMAGE]} | said)[0] == 200
+    output = {"name": "probabilities", "parameters": {"classification": 10**30}}
+    status, body, _ = post(Client(ranked(10)), {"inputs": [IMAGE], "outputs": [output]})
+    assert (status, body["outputs"][0]["shape"]) == (200, [1, 10])
+
+
+def test_image_that_is_none_is_counted_as_a_failure() -> None:
+    client = Client(ranked(10))
+    bad = IMAGE | {"data": [base64.b64encode(b"bad").decode()]}
+    assert [post(client, {"inputs": [image]})[0] for image in (IMAGE, bad)] == [200, 422]
+    (stats,) = get(client, "/v2/models/digits/stats")[1]["model_stats"]
+    assert (stats["inference_count"], stats["execution_count"]) == (1, 1)
+    assert {key: stats["inference_stats"][key]["count"] for key in ("success", "fail")} == {"success": 1, "fail": 1}
+
+
+@pytest.mark.parametrize("verb", ["load", "unload"])
+def test_loading_is_not_spoken(verb: str) -> None:
+    status, body, _ = asyncio.run(Client(ranked(1)).post(f"/v2/repository/models/digits/{verb}", [b"{}"]))
+    assert (status, body["code"]) == (400, "unsupported")
 
 
 def test_deadline_of_the_client_is_kept() -> None:
@@ -182,6 +221,8 @@ def test_model_that_is_not_loaded_is_not_ready() -> None:
     client = Client(TimeoutError())
     assert get(client, "/v2/health/ready")[0] == 503
     assert get(client, "/v2/models/flowers/ready")[0] == 503
-    status, body, _ = asyncio.run(client.post("/v2/repository/index", [b"{}"]))
+    status, body, _ = asyncio.run(client.post("/v2/repository/index", [b'{"ready": true}']))
+    assert (status, [one["name"] for one in body]) == (200, ["digits", "boxes"])
+    status, body, _ = asyncio.run(client.post("/v2/repository/index", [b""]))
     assert status == 200
     assert {one["name"]: one["state"] for one in body}["flowers"] == "UNAVAILABLE"

@@ -55,6 +55,8 @@ def test_args_without_models_or_with_a_name_twice_are_refused() -> None:
         parse(models=[])
     with pytest.raises(ConfigError, match="two models are called digits"):
         parse(models=[{"name": "digits"}, {"name": "digits", "alias": "challenger"}])
+    with pytest.raises(ConfigError, match="'stats' is a path of the Open Inference Protocol"):
+        parse(models=[{"name": "stats"}])
 
 
 def test_args_with_several_mistakes_report_them_all() -> None:

@@ -37,13 +37,10 @@ def test_numbers_come_back_from_bytes(kind: tuple[str, Any]) -> None:
     np.testing.assert_array_equal(found.data, array)
 
 
-@given(NUMBER)
-def test_numbers_come_back_from_json_nested_or_flat(kind: tuple[str, Any]) -> None:
-    datatype, array = kind
-    if datatype == "FP16" or not np.isfinite(array.astype(np.float64)).all():
-        return
+@given(arrays.arrays(np.uint8, SHAPES))
+def test_pixels_come_back_from_json_nested_or_flat(array: Any) -> None:
     for data in (tensors.to_json(tensors.of_array("t", array)), array.tolist()):
-        found = tensors.from_json("t", datatype, array.shape, json.loads(json.dumps(data)))
+        found = tensors.from_json("t", "UINT8", array.shape, json.loads(json.dumps(data)))
         np.testing.assert_array_equal(found.data, array)
 
 
@@ -68,7 +65,7 @@ def test_texts_are_elements_row_by_row() -> None:
 @pytest.mark.parametrize(
     ("datatype", "shape", "raw", "words"),
     [
-        ("STRING", [1], b"", "datatype: expected one of BOOL"),
+        ("STRING", [1], b"", "datatype: expected one of UINT8"),
         ("FP32", [], b"", "sides of 1 and more"),
         ("FP32", [0], b"", "sides of 1 and more"),
         ("FP32", [-1, 4], b"", "sides of 1 and more"),
@@ -90,18 +87,15 @@ def test_bytes_that_are_no_tensor_are_refused(datatype: str, shape: list[int], r
 @pytest.mark.parametrize(
     ("datatype", "shape", "data", "words"),
     [
-        ("FP16", [1], [1.0], "FP16 has no form in JSON"),
-        ("FP32", [2], [1.0], "expected 2 elements as of its shape, got 1"),
-        ("FP32", [2, 2], [[1, 2], [3]], "rows of one length"),
-        ("FP32", [2], [1, [2]], "element 1: expected FP32, got list"),
-        ("FP32", [1], ["1"], "element 0: expected FP32, got str"),
-        ("FP32", [1], None, "element 0: expected FP32, got NoneType"),
-        ("FP32", [1], [True], "element 0: expected FP32, got bool"),
-        ("BOOL", [1], [1], "element 0: expected BOOL, got int"),
-        ("INT8", [2], [127, 128], "element 1 is out of the range of INT8"),
-        ("UINT8", [1], [-1], "element 0 is out of the range of UINT8"),
-        ("UINT64", [1], [2**64], "element 0 is out of the range of UINT64"),
-        ("INT32", [1], [1.5], "element 0: expected INT32, got float"),
+        ("UINT8", [2], [1], "expected 2 elements as of its shape, got 1"),
+        ("UINT8", [2, 2], [[1, 2], [3]], "rows of one length"),
+        ("UINT8", [2], [1, [2]], "element 1: expected 0 to 255, got"),
+        ("UINT8", [1], ["1"], "element 0: expected 0 to 255, got 1"),
+        ("UINT8", [1], None, "element 0: expected 0 to 255, got None"),
+        ("UINT8", [1], [True], "element 0: expected 0 to 255, got True"),
+        ("UINT8", [2], [255, 256], "element 1: expected 0 to 255, got 256"),
+        ("UINT8", [1], [-1], "element 0: expected 0 to 255, got -1"),
+        ("UINT8", [1], [1.5], "element 0: expected 0 to 255, got 1.5"),
         ("BYTES", [1], [7], "element 0: expected BYTES as a string, got int"),
         ("BYTES", [2], ["YQ==", "Y"], "element 1: expected base64"),
     ],
