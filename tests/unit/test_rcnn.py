@@ -479,7 +479,7 @@ def test_solved_model_answers_with_the_layers_it_was_given(tmp_path: Path) -> No
     assert before.logits.shape == (5, 3)
     torch.testing.assert_close(after.logits, margins)
     torch.testing.assert_close(after.deltas, corrections)
-    assert all(torch.equal(one, other) for one, other in zip(after, again, strict=True))
+    torch.testing.assert_close(tuple(again), tuple(after))
 
 
 # How the regions pass.
