@@ -80,6 +80,7 @@ def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] 
     if args.config and "=" in args.config:  # only overrides were given
         args.config, args.overrides = None, [args.config, *args.overrides]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     for number in (signal.SIGTERM, signal.SIGHUP):  # `ray job stop`, a lost terminal: clean up as on Ctrl-C
         signal.signal(number, _interrupt)
     try:
