@@ -25,7 +25,6 @@ from pipeline.types import Detections, DetectorSpec, Frame, Task
 
 MOST_CANDIDATES = 1000
 """Of an image, the best that suppression looks at: enough for any picture, and what keeps its time bounded."""
-_FIRST_CANDIDATES = 300  # of these, as many as usually suffice
 
 
 class Selection(Strict):
@@ -157,12 +156,7 @@ def choose(found: Candidates, select: Selection) -> tuple[Tensor, Tensor, Tensor
     best, places = best[:MOST_CANDIDATES], above[order[:MOST_CANDIDATES]]
     rows, labels = places // num_classes, places % num_classes
     boxes = boxes[rows] if boxes.ndim == 2 else boxes[rows, labels]
-    # Boxes are suppressed by better ones only, and the cost grows with the square of their number.
-    for count in (_FIRST_CANDIDATES, MOST_CANDIDATES):
-        kept = ops.batched_nms(boxes[:count], best[:count], labels[:count], select.iou_threshold)
-        if len(kept) >= select.max_detections or count >= len(best):
-            break
-    kept = kept[: select.max_detections]
+    kept = ops.batched_nms(boxes, best, labels, select.iou_threshold)[: select.max_detections]
     return boxes[kept], labels[kept], best[kept]
 
 
