@@ -18,11 +18,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from serve.problems import Problem
+from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Limits
 
-MAX_ECHO = 80
-"""Characters of a client's own text that an answer may repeat."""
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # as zlib has them; HTTP's deflate is zlib's format
 _NO_IMAGE = "Expected an encoded image as the request's body, got no bytes at all."
 _SEVERAL = {
@@ -62,7 +60,7 @@ async def images(request: Request, limits: Limits) -> Images:
     Raises:
         Problem: the body is too large, too slow, or not what its content type says; or it holds no image, or too many.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = kind_of(request)
     body = await read(request, limits)
     if kind == "multipart/form-data":
         found = await _files(request, body, limits)
@@ -75,6 +73,11 @@ async def images(request: Request, limits: Limits) -> Images:
     if len(found) > limits.most_images:
         raise too_many(len(found), limits)
     return Images(found, kind not in _SEVERAL)
+
+
+def kind_of(request: Request) -> str:
+    """The content type without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read(request: Request, limits: Limits) -> bytes:

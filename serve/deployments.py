@@ -20,8 +20,6 @@ import torch
 
 from pipeline import imaging
 from pipeline.batch import to_batch
-from pipeline.data import lookup
-from pipeline.data.sheet import drawn
 from pipeline.errors import ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
@@ -83,7 +81,7 @@ class Replica:
             picture = await loop.run_in_executor(self.decoders, self._drawn, data, best) if wanted.picture else None
         return Told(
             labels=tuple(best.labels.tolist()),
-            class_names=self._names(best),
+            class_names=self.predictor.class_names(best),
             scores=tuple(best.scores.tolist()),
             boxes=boxes,
             picture=picture,
@@ -109,13 +107,8 @@ class Replica:
         keys = {"score_threshold": float(below), "iou_threshold": overlap, "max_detections": wanted.max_detections}
         return own.model_copy(update=keys)
 
-    def _names(self, answer: Answer) -> tuple[str, ...]:
-        return tuple(self.predictor.classes[label] for label in answer.labels.tolist())
-
     def _drawn(self, data: bytes, found: Detections) -> bytes:
-        said = [f"{name} {score:.2f}" for name, score in zip(self._names(found), found.scores.tolist(), strict=True)]
-        image = lookup.visible(imaging.decode(data, self.predictor.card.decoding))
-        return imaging.encode_png(drawn(image, found.boxes_xyxy, found.labels, said))
+        return imaging.encode_png(self.predictor.drawn(data, found))
 
     async def _infer(self, waiting: list[_Waiting]) -> list[_Inferred]:
         return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, waiting)

@@ -10,15 +10,18 @@ import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import islice
+from typing import Any, Protocol
+
+from pydantic import ValidationError
 
 from pipeline.config import nearest
 from serve import problems
-from serve.bodies import MAX_ECHO
-from serve.problems import Problem
+from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
 
 READY_S = 2.0
+_MOST_KEYS = 20  # of so many one is unknown in any case
 
 
 class Ask(Protocol):
@@ -152,6 +155,19 @@ class Gate:
                 return await self._ask.ready(name)
         except Exception as error:
             return problems.of_exception(error).code == "overloaded"  # too busy to say so is ready enough
+
+
+def asked_of(keys: Mapping[str, Any], where: str) -> Asked:
+    """The keys that stand in a part of a request's body.
+
+    Raises:
+        Problem: one is unknown or impossible.
+    """
+    try:
+        return Asked.model_validate(dict(islice(keys.items(), _MOST_KEYS)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Problem(400, where, f"{where}.{str(first['loc'][0])[:MAX_ECHO]}: {first['msg']}.") from None
 
 
 def wanted_of(

@@ -13,16 +13,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import ValidationError
 
 from serve import bodies
-from serve.gate import Gate, told_of, wanted_of
+from serve.gate import Gate, asked_of, told_of, wanted_of
 from serve.problems import Problem
-from serve.schemas import Asked, Served, Told
+from serve.schemas import Served, Told
 
 TARGET = "X-Amzn-SageMaker-Target-Model"
 COLUMN = "image"
-_MOST_PARAMS = 20  # one more than there are is refused in any case
 
 
 def install(app: FastAPI, gate: Gate) -> None:
@@ -48,7 +46,7 @@ class Invocations:
         found = self._find(model or request.headers.get(TARGET))
         with gate.room():
             images, params = await self._read(request)
-            wanted = wanted_of(found, _asked(params), where="params")
+            wanted = wanted_of(found, asked_of(params, "params"), where="params")
             with gate.room(len(images) - 1):
                 told = told_of(await gate.ask(found, images, wanted), is_plain=False)
         return JSONResponse({"predictions": list(map(_prediction, told))})
@@ -61,7 +59,7 @@ class Invocations:
 
     async def _read(self, request: Request) -> tuple[tuple[bytes, ...], dict[str, Any]]:
         limits = self.gate.limits
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if bodies.kind_of(request) != "application/json":
             return (await bodies.images(request, limits)).data, {}
         said = bodies.json_object(await bodies.read(request, limits))
         params = {} if said.get("params") is None else said["params"]
@@ -102,14 +100,6 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "instances": _rows,
     "inputs": _columns,
 }
-
-
-def _asked(params: dict[str, Any]) -> Asked:
-    try:
-        return Asked.model_validate({key: params[key] for key in list(params)[:_MOST_PARAMS]})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise Problem(400, "params", f"params.{str(first['loc'][0])[: bodies.MAX_ECHO]}: {first['msg']}.") from None
 
 
 def _prediction(told: Told) -> dict[str, Any]:

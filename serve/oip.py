@@ -26,8 +26,8 @@ from pydantic import BaseModel, FailFast, Field, StrictInt, ValidationError
 
 from pipeline import imaging
 from serve import bodies, tensors
-from serve.gate import Gate, told_of, wanted_of
-from serve.problems import Problem
+from serve.gate import Gate, asked_of, told_of, wanted_of
+from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Asked, Limits, Served, Told
 from serve.tensors import Tensor
 
@@ -280,7 +280,7 @@ def parse(body: bytes, header: str | None, limits: Limits) -> Inference:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise Problem(400, "infer", f"{where[: bodies.MAX_ECHO]}: {first['msg']}.") from None
+        raise Problem(400, "infer", f"{where[:MAX_ECHO]}: {first['msg']}.") from None
     except ValueError as error:
         raise Problem(400, "infer", f"{error}.") from None
 
@@ -331,11 +331,7 @@ def _asked(parameters: Mapping[str, Any]) -> Asked:
     wrong = [name for name in _SEQUENCES if parameters.get(name)]
     if wrong:
         raise Problem(400, "parameters", f"parameters.{wrong[0]}: the models have no state, leave it out.")
-    try:
-        return Asked.model_validate({key: parameters[key] for key in Asked.model_fields if key in parameters})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise Problem(400, "parameters", f"parameters.{first['loc'][0]}: {first['msg']}.") from None
+    return asked_of({key: parameters[key] for key in Asked.model_fields if key in parameters}, "parameters")
 
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
@@ -405,13 +401,13 @@ def _check_outputs(outputs: Sequence[OutputIn], found: Served) -> None:
     """Refuse, before anything is computed, what there is not, and what is asked for twice."""
     known, names = OUTPUTS[found.task], set[str]()
     for output in outputs:
-        name = output.name[: bodies.MAX_ECHO]
+        name = output.name[:MAX_ECHO]
         if output.name not in known or name in names:
             raise Problem(400, "infer", f"outputs: expected each once of {', '.join(known)}, got {name!r}.")
         if "shared_memory_region" in output.parameters:
             raise Problem(400, "infer", f"outputs.{name}: shared memory is not spoken here.")
         count = output.parameters.get("classification", 1)
-        if "classification" in output.parameters and (name != "probabilities" or not _is_count(count)):
+        if not _is_count(count) or ("classification" in output.parameters and name != "probabilities"):
             raise Problem(400, "infer", f"outputs.{name}: classification: expected a number, and for probabilities.")
         names.add(name)
 

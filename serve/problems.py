@@ -22,6 +22,8 @@ from starlette.exceptions import HTTPException
 from serve.schemas import Refused
 
 RETRY_AFTER = {"Retry-After": "1"}
+MAX_ECHO = 80
+"""Characters of a client's own text that an answer may repeat."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _IMAGE_STATUS = {"empty": 400, "format": 415}  # every other reason is 422: an image's type, but not an image
 _log = logging.getLogger("ray.serve")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline import imaging, models
+from pipeline.batch import BoxTargets
 from pipeline.config import parse
 from pipeline.data import rows, shards
 from pipeline.inference import bundle
@@ -73,6 +74,17 @@ def shards_of(
     )
     (folder / shards.MANIFEST).write_text(manifest.model_dump_json())
     return shards.load(folder)
+
+
+def targets(*images: list[tuple[list[float], int]]) -> BoxTargets:
+    """The boxes and labels of each image as a batch has them."""
+    marked = [(box, label, place) for place, image in enumerate(images) for box, label in image]
+    return BoxTargets(
+        torch.tensor([box for box, _, _ in marked]).reshape(-1, 4),
+        torch.tensor([label for _, label, _ in marked], dtype=torch.int64),
+        torch.tensor([place for _, _, place in marked], dtype=torch.int64),
+        len(images),
+    )
 
 
 def untaught(folder: Path, classes: tuple[str, ...], **keys: Any) -> Bundle:

@@ -129,7 +129,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _parts(speed: Speed) -> tuple[float, ...]:
-    return speed.decoding_ms, speed.proposals_ms, speed.network_ms, speed.post_ms
+    return tuple(getattr(speed, part) for part in PARTS)
 
 
 def _rate(one: Published) -> str:

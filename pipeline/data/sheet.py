@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline import boxes, imaging, storage
 from pipeline.data import shards
+from pipeline.data.lookup import visible
 from pipeline.errors import ImageError
 from pipeline.types import Float32Array, Int64Array, Split, UInt8Array
 
@@ -173,7 +174,7 @@ def _tile(row: dict[str, Any], manifest: shards.Manifest) -> Tile:
     """A row with its class, its boxes and its mask."""
     caption = f"{_name(manifest, row['label'])}\n{row['image_id']}".strip()
     try:
-        image = _rgb(imaging.decode(row["image"] or b"", manifest.decoding, min_short=_DETAIL_PX))
+        image = visible(imaging.decode(row["image"] or b"", manifest.decoding, min_short=_DETAIL_PX))
         if row["mask"] is not None:
             image = _painted(image, imaging.decode_mask(row["mask"]))
     except ImageError as error:
@@ -199,16 +200,9 @@ def _reject_tile(row: dict[str, Any]) -> Tile:
         with storage.open_input(row["uri"]) as file:
             file.seek(min(offset, file.seek(0, os.SEEK_END)))  # pyarrow refuses to go beyond the end
             data = file.read(min(length, _MAX_READ_BYTES))
-        return Tile(_rgb(imaging.decode(data, _PERMISSIVE, min_short=_DETAIL_PX)), caption)
+        return Tile(visible(imaging.decode(data, _PERMISSIVE, min_short=_DETAIL_PX)), caption)
     except (OSError, ImageError):
         return Tile(None, caption, message=row["message"])
-
-
-def _rgb(image: UInt8Array) -> UInt8Array:
-    """Make any number of bands visible: the first three as colours, fewer as grey."""
-    if image.shape[2] >= 3:
-        return np.ascontiguousarray(image[:, :, :3])
-    return image[:, :, :1].repeat(3, axis=2)
 
 
 def _painted(image: UInt8Array, mask: UInt8Array) -> UInt8Array:
@@ -254,7 +248,7 @@ def _picture(tile: Tile, image: UInt8Array, tile_px: int) -> Image.Image:
     height, width = _fitted(tile, tile_px)
     small = height < 2 * image.shape[0]
     way = Image.Resampling.BICUBIC if small else Image.Resampling.NEAREST  # show the pixels of very small pictures
-    picture = Image.fromarray(_rgb(image)).resize((width, height), way)
+    picture = Image.fromarray(visible(image)).resize((width, height), way)
     if tile.boxes_xyxy is None or not len(tile.boxes_xyxy):
         return picture
     found = boxes.clip(boxes.scale(tile.boxes_xyxy, image.shape[:2], (height, width)), (height, width))

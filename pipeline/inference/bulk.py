@@ -28,7 +28,6 @@ from pipeline import imaging
 from pipeline.config import Strict
 from pipeline.data import shards
 from pipeline.data.datasets.image_folder import walk
-from pipeline.data.sheet import drawn
 from pipeline.errors import DataError, ImageError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
@@ -222,21 +221,17 @@ class _Worker:
         return {"class_name": names[0], "score": scores[0], "top_class_names": names, "top_scores": scores}
 
     def _found(self, image_id: str, data: bytes, found: Detections) -> dict[str, Any]:
-        names = [self.predictor.classes[label] for label in found.labels]
-        decoding = self.predictor.card.decoding
         if self.kept.pictures:
             path = self.destination / "pictures" / f"{_file_name(image_id)}.jpg"
             path.parent.mkdir(exist_ok=True)
-            said = tuple(f"{name} {score:.2f}" for name, score in zip(names, found.scores, strict=True))
-            image = drawn(imaging.decode(data, decoding), found.boxes_xyxy, found.labels, said)
-            path.write_bytes(imaging.encode_jpeg(image))
-        height, width = imaging.probe(data, decoding)
+            path.write_bytes(imaging.encode_jpeg(self.predictor.drawn(data, found)))
+        height, width = imaging.probe(data, self.predictor.card.decoding)
         return {
             "height": height,
             "width": width,
             "boxes": found.boxes_xyxy.tolist(),
             "labels": found.labels.tolist(),
-            "class_names": names,
+            "class_names": list(self.predictor.class_names(found)),
             "scores": found.scores.tolist(),
         }
 

@@ -15,13 +15,13 @@ import torch
 
 from pipeline import imaging
 from pipeline.batch import Batch, of_equal_size, to_batch
-from pipeline.data import lookup, regions
+from pipeline.data import lookup, regions, sheet
 from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
 from pipeline.imaging import Decoding
 from pipeline.inference.bundle import Bundle
 from pipeline.models._detector import Detector, Selection
-from pipeline.types import Answer, DetectorSpec, Frame, InputSpec, Sample, Task
+from pipeline.types import Answer, Detections, DetectorSpec, Frame, InputSpec, Sample, Task, UInt8Array
 
 BATCH_SIZE: dict[Task, int] = {"classification": 32, "detection": 8}
 
@@ -91,6 +91,15 @@ class Predictor:
                 found = model.postprocess(outputs, part.frames, [selects[place] for place in places])
                 answers |= zip(places, found, strict=True)
         return [answers[place] for place in range(len(batch))]
+
+    def class_names(self, answer: Answer) -> tuple[str, ...]:
+        """The name of each class or object of an answer, in its order."""
+        return tuple(self.classes[label] for label in answer.labels.tolist())
+
+    def drawn(self, data: bytes, found: Detections) -> UInt8Array:
+        """The upright image, RGB [H, W, 3], with the boxes that were found in it and what is said of each."""
+        said = [f"{name} {score:.2f}" for name, score in zip(self.class_names(found), found.scores, strict=True)]
+        return sheet.drawn(imaging.decode(data, self.card.decoding), found.boxes_xyxy, found.labels, said)
 
     def warm_up(self, num_images: int) -> None:
         """Answer about as many pictures without content, so that the first real ones wait for nothing."""

@@ -12,12 +12,13 @@ import torchvision
 from torch import Tensor
 
 from pipeline import boxes as geometry
-from pipeline.batch import Batch, BoxTargets
+from pipeline.batch import Batch
 from pipeline.config import parse
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import alexnet_localizer
 from pipeline.models.alexnet_localizer import Outputs
 from pipeline.types import Frame
+from tests.small_detection import targets
 
 BOX = [8.0, 16.0, 40.0, 48.0]
 """In 128x64 pixels: centre (24, 32), sides (32, 32), as shares (0.1875, 0.5, 0.25, 0.5)."""
@@ -42,16 +43,6 @@ def without_weights(**keys: Any) -> alexnet_localizer.AlexNetLocalizer:
     """A localiser of 64x128 pixels for what needs no network."""
     with torch.device("meta"):
         return small(**{"input": sized(64, 128), **keys})
-
-
-def targets(*images: list[tuple[list[float], int]]) -> BoxTargets:
-    objects = [(box, label, place) for place, image in enumerate(images) for box, label in image]
-    return BoxTargets(
-        torch.tensor([box for box, _, _ in objects]).reshape(-1, 4),
-        torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
-        torch.tensor([place for _, _, place in objects], dtype=torch.int64),
-        len(images),
-    )
 
 
 def values(terms: dict[str, Tensor]) -> list[float]:

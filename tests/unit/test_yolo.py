@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models import yolo
 from pipeline.models._detector import Selection
 from pipeline.types import Frame
+from tests.small_detection import targets
 
 TERMS = ["centre", "size", "object", "no_object", "class"]
 BOXES = [[8.0, 16.0, 40.0, 48.0], [96.0, 8.0, 124.0, 24.0]]
@@ -41,16 +42,6 @@ def without_weights(**keys: Any) -> yolo.Yolo:
     """A detector of 64x128 pixels and 2x2 cells for what needs no network."""
     with torch.device("meta"):
         return small(**{"grid": 2, "num_classes": 3, "input": sized(64, 128), **keys})
-
-
-def targets(*images: list[tuple[list[float], int]]) -> BoxTargets:
-    objects = [(box, label, place) for place, image in enumerate(images) for box, label in image]
-    return BoxTargets(
-        torch.tensor([box for box, _, _ in objects]).reshape(-1, 4),
-        torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
-        torch.tensor([place for _, _, place in objects], dtype=torch.int64),
-        len(images),
-    )
 
 
 def cell(first: list[float], second: list[float], classes: list[float]) -> Tensor:

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models import yolo_multiscale
 from pipeline.models.yolo_multiscale import Config, Outputs, YoloMultiscale
 from pipeline.types import Frame
+from tests.small_detection import targets
 
 Box = list[float]
 
@@ -28,16 +29,6 @@ def build(**keys: Any) -> YoloMultiscale:
     model = yolo_multiscale.build(parse(Config, given, "here"))
     assert isinstance(model, YoloMultiscale)
     return model
-
-
-def targets(*images: list[tuple[Box, int]]) -> BoxTargets:
-    objects = [(box, label, place) for place, image in enumerate(images) for box, label in image]
-    return BoxTargets(
-        torch.tensor([box for box, _, _ in objects]).reshape(-1, 4),
-        torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
-        torch.tensor([place for _, _, place in objects], dtype=torch.int64),
-        len(images),
-    )
 
 
 def logit(score: float) -> float:
