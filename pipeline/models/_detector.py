@@ -24,7 +24,6 @@ from pipeline.models._contract import ModelConfig, Normalize
 from pipeline.types import Detections, DetectorSpec, Frame, Task
 
 MOST_CANDIDATES = 1000
-"""Of an image, the best that suppression looks at: enough for any picture, and what keeps its time bounded."""
 
 
 class Selection(Strict):
@@ -34,11 +33,13 @@ class Selection(Strict):
         score_threshold: boxes of a lower score are dropped. For average precision it must be almost 0.
         iou_threshold: of two boxes of one class that overlap more, the one of the higher score stays.
         max_detections: of an image, the best.
+        max_candidates: of an image, the best that suppression looks at, whose time grows with their square.
     """
 
     score_threshold: float = Field(default=0.001, ge=0, lt=1)
     iou_threshold: float = Field(default=0.5, gt=0, le=1)
     max_detections: int = Field(default=100, ge=1, le=MOST_CANDIDATES)
+    max_candidates: int = Field(default=MOST_CANDIDATES, ge=1, le=MOST_CANDIDATES)
 
 
 class DetectorConfig(ModelConfig):
@@ -153,7 +154,7 @@ def choose(found: Candidates, select: Selection) -> tuple[Tensor, Tensor, Tensor
     scores = torch.where(is_box if boxes.ndim == 3 else is_box[:, None], found.scores.float(), -1.0)
     above = (scores > select.score_threshold).flatten().nonzero()[:, 0]
     best, order = scores.flatten()[above].sort(descending=True, stable=True)
-    best, places = best[:MOST_CANDIDATES], above[order[:MOST_CANDIDATES]]
+    best, places = best[: select.max_candidates], above[order[: select.max_candidates]]
     rows, labels = places // num_classes, places % num_classes
     boxes = boxes[rows] if boxes.ndim == 2 else boxes[rows, labels]
     kept = ops.batched_nms(boxes, best, labels, select.iou_threshold)[: select.max_detections]

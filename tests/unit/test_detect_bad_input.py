@@ -187,6 +187,13 @@ def test_any_number_of_candidates_becomes_as_many_detections_as_were_asked_for(
     torch.testing.assert_close(kept, scores[:, 0].flip(0)[:left])  # the best
 
 
+def test_no_more_candidates_are_looked_at_than_the_model_says() -> None:
+    at = torch.tensor([0.0, 1.0, 100.0])[:, None]  # the first suppresses the second, the third lies apart
+    found = Candidates(torch.cat([at, at, at + 50, at + 50], dim=1), torch.tensor([[0.9], [0.8], [0.7]]))
+    assert choose(found, Selection(max_candidates=2))[2].tolist() == pytest.approx([0.9])
+    assert choose(found, Selection(max_candidates=3))[2].tolist() == pytest.approx([0.9, 0.7])
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("spread", "most"), [(400.0, 100), (60.0, 100), (20.0, 100), (400.0, 1000), (400.0, 1)])
 def test_what_is_left_is_what_suppression_of_all_candidates_leaves(seed: int, spread: float, most: int) -> None:
