@@ -6,8 +6,8 @@ that the configuration leaves out are removed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +17,13 @@ import requests
 import yaml
 
 from jobs._process import LOOPBACK, Service, answers, claim
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, last_raised
 
 CONFIG = Path(__file__).parents[1] / "serve" / "config.yaml"
 _POLL_S = 0.25
 _REQUEST_S = 60
 _PUT_ATTEMPTS = 3
 _FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
-_RAISED = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception)): ", re.MULTILINE)
 
 
 def application(names: Sequence[str], alias: str | None, registry: str, storage: Path) -> dict[str, Any]:
@@ -54,13 +53,15 @@ def deploy(head: Service, config: Mapping[str, Any], *, port: int | None = None,
     _put(head, wanted)
     _wait_running(head, [app["name"] for app in wanted["applications"]], timeout_s)
     options = _details(head)["http_options"]
-    return f"http://{options['host']}:{options['port']}"
+    endpoint = f"http://{options['host']}:{options['port']}"
+    _wait_served(endpoint, timeout_s)
+    return endpoint
 
 
-def replicas(head: Service, application: str, deployment: str) -> int:
-    """How many replicas of a deployment run."""
-    found = _details(head).get("applications", {}).get(application, {}).get("deployments", {}).get(deployment, {})
-    return sum(replica["state"] == "RUNNING" for replica in found.get("replicas", []))
+def replicas(head: Service, model: str) -> int:
+    """How many replicas of a model run, of all its versions."""
+    deployments = [app.get("deployments", {}).get(model, {}) for app in _details(head).get("applications", {}).values()]
+    return sum(replica["state"] == "RUNNING" for found in deployments for replica in found.get("replicas", []))
 
 
 def _put(head: Service, wanted: Mapping[str, Any]) -> None:
@@ -91,17 +92,26 @@ def _wait_running(head: Service, names: list[str], timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
+def _wait_served(endpoint: str, timeout_s: float) -> None:
+    """Wait until every model is loaded: they are applications of their own, which the first one brings up."""
+    deadline = time.monotonic() + timeout_s
+    while not answers(f"{endpoint}/readyz"):
+        with contextlib.suppress(requests.RequestException):
+            for model in requests.get(f"{endpoint}/models", timeout=_REQUEST_S).json().get("models", []):
+                if model["version"] is None and model["troubles"]:
+                    raise ClusterError(
+                        f"model '{model['name']}' is not served: {'; '.join(model['troubles'].values())}"
+                    )
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{endpoint}: not every model is loaded within {timeout_s:.0f} s; see GET /models")
+        time.sleep(_POLL_S)
+
+
 def _reason(application: Mapping[str, Any]) -> str:
     """The error that was raised on the cluster; else what Serve says."""
     deployments = application.get("deployments", {}).values()
     messages = [application.get("message", ""), *(deployment.get("message", "") for deployment in deployments)]
-    return next((_raised(message) for message in messages if _RAISED.search(message)), " ".join(messages))
-
-
-def _raised(text: str) -> str:
-    """The sentence of the last exception in a trace, in one line; the text itself where there is no trace."""
-    found = list(_RAISED.finditer(text))
-    return " ".join((text[found[-1].start() :] if found else text).split())
+    return last_raised("\n".join(messages))
 
 
 def _details(head: Service) -> dict[str, Any]:
@@ -119,5 +129,5 @@ def _call(head: Service, method: str, body: Any = None) -> requests.Response:
         state = "answers, but too slowly" if answers(f"{head.dashboard}/api/gcs_healthz") else "does not answer"
         raise ClusterError(f"the Ray head at {head.dashboard} {state} ({type(error).__name__})") from None
     if not response.ok:
-        raise ClusterError(f"Ray Serve refused the configuration: {_raised(response.text)}")
+        raise ClusterError(f"Ray Serve refused the configuration: {last_raised(response.text)}")
     return response

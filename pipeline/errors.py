@@ -6,6 +6,7 @@ with `exit_code`; the serving ingress turns it into a 4xx or 5xx. Anything that 
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -65,6 +66,15 @@ class ClusterError(VentralError):
     """Ray, a port or a local server that could not be had."""
 
     exit_code = 7
+
+
+_RAISED = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception)): ", re.MULTILINE)
+
+
+def last_raised(text: str) -> str:
+    """The sentence of the last exception in a trace that came as text, in one line; the text where it holds none."""
+    found = list(_RAISED.finditer(text))
+    return " ".join((text[found[-1].start() :] if found else text).split())
 
 
 def own_cause(error: BaseException) -> BaseException:

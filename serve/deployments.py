@@ -2,7 +2,7 @@
 
 A replica decodes in a few threads and computes in one, so its event loop is free to take requests and answer health
 checks. Decoding comes before batching: what is not an image never reaches its neighbours' batch. How replicas are
-bound together and how many there are is decided in `serve.app`.
+bound together and how many there are is decided in `serve.stage`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import partial
 import numpy as np
 import ray.serve
 import torch
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 
 from pipeline import imaging
 from pipeline.batch import to_batch
@@ -57,6 +59,10 @@ class Replica:
         self.join = join(self._infer)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
+
+    async def __call__(self, request: Request) -> Response:
+        """Refuse HTTP: a replica may have a port of its own, which is nobody's business."""
+        return PlainTextResponse("Ask the endpoint.\n", 404)
 
     async def ready(self) -> bool:
         """Answer at all: the model is loaded before any request is taken."""

@@ -1,6 +1,7 @@
-"""Between requests and models, in any protocol: which models there are, how many images are in hand, for how long.
+"""Between requests and models, in any protocol: which version answers, how many images are in hand, for how long.
 
-A gate holds no model and knows no HTTP; `Ask` is how the replicas are reached. Refusals are `Problem`s.
+A gate holds no model and knows no HTTP; `Ask` is how the replicas are reached, `Roster` what there is to ask. Refusals
+are `Problem`s.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pipeline.config import nearest
-from serve import problems
+from serve import agreement, problems
 from serve.problems import MAX_ECHO, Problem
+from serve.roster import Roster, Standing
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
 
 READY_S = 2.0
@@ -27,16 +29,16 @@ _MOST_KEYS = 20  # of so many one is unknown in any case
 class Ask(Protocol):
     """How a model is reached."""
 
-    def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> Awaitable[list[Told | Refused]]:
-        """What a model says of each encoded image."""
+    def predict(self, served: Served, images: tuple[bytes, ...], wanted: Wanted) -> Awaitable[list[Told | Refused]]:
+        """What a version says of each encoded image."""
 
-    def ready(self, name: str) -> Awaitable[bool]:
-        """True as soon as a replica of the model is loaded."""
+    def ready(self, served: Served) -> Awaitable[bool]:
+        """True as soon as a replica of the version is loaded."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a model has done here; times in milliseconds.
+    """What a version has done here; times in milliseconds.
 
     Attributes:
         requests, images: that were answered, of those that reached the model.
@@ -45,6 +47,8 @@ class Tally:
         failed_ms: of the others.
         decode_ms, queue_ms, infer_ms: over all images.
         last_ms: when the last answer was given, in milliseconds since 1970.
+        compared, agreed: images that it was asked only for comparison, and those of them that the live version said the
+            same of.
     """
 
     requests: int = 0
@@ -56,6 +60,8 @@ class Tally:
     queue_ms: float = 0.0
     infer_ms: float = 0.0
     last_ms: int = 0
+    compared: int = 0
+    agreed: int = 0
 
     def note(self, answers: Sequence[Told | Refused], ms: float) -> None:
         """Count a request whose images were all looked at; one that is no image makes it a failure."""
@@ -78,30 +84,52 @@ class Tally:
 
 
 class Gate:
-    """The models of one ingress process."""
+    """The models of one ingress process.
 
-    def __init__(self, served: Sequence[Served], limits: Limits, ask: Ask) -> None:
-        self.served: Mapping[str, Served] = {model.name: model for model in served}
+    Attributes:
+        roster: what there is to ask; whoever follows the reconciler sets it.
+    """
+
+    def __init__(self, roster: Roster, limits: Limits, ask: Ask) -> None:
+        self.roster = roster
         self.limits = limits
-        self.tallies: Mapping[str, Tally] = {name: Tally() for name in self.served}
         self._ask = ask
+        self._tallies: dict[tuple[str, str], Tally] = {}
         self._inflight = 0
+        self._shadowed = 0
+        self._shadows: set[asyncio.Task[None]] = set()
 
-    def find(self, address: str, version: str | None = None) -> Served:
-        """The model of a path `name` or `name@alias`, and perhaps a version.
+    @property
+    def standings(self) -> Mapping[str, Standing]:
+        """What is served under each name."""
+        return self.roster.standings
+
+    def tally(self, served: Served) -> Tally:
+        """What a version has done here."""
+        return self._tallies.setdefault((served.name, served.version), Tally())
+
+    def find(self, address: str, version: str | None = None, key: str = "") -> Served:
+        """The version that a path `name` or `name@alias` means, and perhaps a version's number.
+
+        Args:
+            key: of the request; by it a challenger gets its share of those that say neither alias nor version.
 
         Raises:
-            Problem: 404.
+            Problem: 404, or 503 where none is loaded yet.
         """
         name, _, alias = address.partition("@")
-        if name not in self.served:
-            raise Problem(404, "unknown_model", f"no model is called '{name}'; {nearest(name, list(self.served))}")
-        found = self.served[name]
-        if (alias and alias != found.alias) or version not in {None, found.version}:
-            wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
-            here = f"version {found.version}" + (f" ({found.alias})" if found.alias else "")
-            raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {here} is.")
-        return found
+        if name not in self.standings:
+            raise Problem(404, "unknown_model", f"no model is called '{name}'; {nearest(name, list(self.standings))}")
+        standing = self.standings[name]
+        if standing.live is None:
+            raise problems.loading(name)
+        if version is None and not alias:
+            return standing.pick(key) or standing.live
+        for served in standing.versions:
+            if version in {None, served.version} and alias in {"", served.alias}:
+                return served
+        wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
+        raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {_here(standing)}.")
 
     @contextmanager
     def room(self, count: int = 1) -> Iterator[None]:
@@ -119,42 +147,81 @@ class Gate:
             self._inflight -= count
 
     async def ask(
-        self, model: Served, images: tuple[bytes, ...], wanted: Wanted, within_s: float | None = None
+        self, served: Served, images: tuple[bytes, ...], wanted: Wanted, within_s: float | None = None, key: str = ""
     ) -> list[Told | Refused]:
-        """What a model says of each image.
+        """What a version says of each image.
 
         Args:
-            model: one of `served`.
+            served: one that `find` gave.
             images: encoded.
             wanted: of the model.
             within_s: time that the client gives, if it is less than the limit.
+            key: of the request, by which it is drawn whether the challenger is asked too.
 
         Raises:
             Problem: it does not say it, or not in time.
         """
-        tally, began = self.tallies[model.name], time.monotonic()
+        tally, began = self.tally(served), time.monotonic()
         try:
             async with asyncio.timeout(min(self.limits.answer_s, within_s or self.limits.answer_s)):
-                answers = await self._ask.predict(model.name, images, wanted)
+                answers = await self._ask.predict(served, images, wanted)
         except Exception as error:
             tally.note_failure(1000 * (time.monotonic() - began))
             raise problems.of_exception(error) from error
         tally.note(answers, 1000 * (time.monotonic() - began))
+        standing = self.standings.get(served.name)
+        if standing and standing.live == served and standing.copies(key):
+            self._shadow(standing.challenger, images, wanted, answers)
         return answers
 
     async def waiting_for(self) -> list[str]:
         """Names of the models that are not loaded."""
-        names = list(self.served)
+        names = list(self.standings)
         ready = await asyncio.gather(*map(self.is_ready, names))
         return [name for name, loaded in zip(names, ready, strict=True) if not loaded]
 
     async def is_ready(self, name: str) -> bool:
-        """Whether a replica of the model is loaded."""
+        """Whether a replica of the model is loaded, or would be when it is asked."""
+        served = self.standings[name].live
+        if served is None or served.sleeps:
+            return served is not None
         try:
             async with asyncio.timeout(READY_S):
-                return await self._ask.ready(name)
+                return await self._ask.ready(served)
         except Exception as error:
             return problems.of_exception(error).code == "overloaded"  # too busy to say so is ready enough
+
+    def _shadow(
+        self, served: Served | None, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
+    ) -> None:
+        """Ask a challenger the same behind the client's back, unless too much is asked already."""
+        if served is None or self._shadowed + len(images) > self.limits.max_shadowed:
+            return
+        task = asyncio.get_running_loop().create_task(self._compare(served, images, wanted, answers))
+        self._shadows.add(task)  # the loop itself keeps tasks by weak references only
+        task.add_done_callback(self._shadows.discard)
+
+    async def _compare(
+        self, served: Served, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
+    ) -> None:
+        tally = self.tally(served)
+        self._shadowed += len(images)
+        try:
+            async with asyncio.timeout(self.limits.answer_s):
+                others = await self._ask.predict(served, images, replace(wanted, picture=False))
+        except Exception as error:
+            problems.of_exception(error)  # nobody waits for it; what nobody foresaw is logged
+            return
+        finally:
+            self._shadowed -= len(images)
+        tally.compared += len(images)
+        tally.agreed += sum(map(agreement.agree, answers, others))
+
+
+def _here(standing: Standing) -> str:
+    """The versions that are served, for a sentence."""
+    numbered = [f"version {one.version}" + (f" ({one.alias})" if one.alias else "") for one in standing.versions]
+    return f"{', '.join(numbered)} {'is' if len(numbered) == 1 else 'are'}"
 
 
 def asked_of(keys: Mapping[str, Any], where: str) -> Asked:

@@ -1,49 +1,47 @@
 """HTTP in, HTTP out: takes the images of a request, asks a model about them, and says what it answered.
 
-It holds no model and decodes nothing: it knows the names and versions that are served and a way to ask them, so
-`application` stands on any ASGI server, and `Endpoint` is what Ray Serve makes of it. Neither imports torch. The
-replicas that are asked are in `serve.deployments`.
+It holds no model and decodes nothing: its gate knows the versions that are served and a way to ask them, so
+`application` stands on any ASGI server. What Ray Serve makes of it is `serve.endpoint`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, cast
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from serve import bodies, invocations, oip, problems
-from serve.gate import Ask, Gate, told_of, wanted_of
+from serve.gate import Gate, told_of, wanted_of
 from serve.problems import Problem, ProblemOut
+from serve.roster import Standing
 from serve.schemas import (
     Answer,
     Answers,
     Asked,
+    ChallengerState,
     DetectedObject,
-    Limits,
     ModelList,
     ModelOut,
+    ModelState,
     Prediction,
-    Refused,
     Result,
     Served,
     Timing,
     Told,
-    Wanted,
 )
 
 PICTURE = "image/png"
 
 
-def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
-    """The endpoint's ASGI application."""
-    gate = Gate(served, limits, ask)
+def application(gate: Gate, **options: Any) -> FastAPI:
+    """The endpoint's ASGI application; `options` go to FastAPI."""
     ingress = Ingress(gate)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ProblemOut} for status in (400, 404, 408, 413, 415, 422, 429, 503, 504)
     }
-    app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals)
+    app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals, **options)
     problems.install(app)
     app.get("/healthz", response_class=PlainTextResponse)(ingress.healthz)
     app.get("/readyz")(ingress.readyz)
@@ -55,27 +53,6 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     oip.install(app, gate)
     invocations.install(app, gate)
     return app
-
-
-class Endpoint:
-    """The ingress deployment: the application over Ray's handles."""
-
-    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any]) -> None:
-        self.served = served
-        self.limits = limits
-        self.handles = handles
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application, made where it runs."""
-        return application(self.served, self.limits, self)
-
-    async def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
-        """Ask a replica of the model."""
-        return cast(list[Told | Refused], await self.handles[name].predict.remote(images, wanted))
-
-    async def ready(self, name: str) -> bool:
-        """Whether a replica of the model answers."""
-        return cast(bool, await self.handles[name].ready.remote())
 
 
 class Ingress:
@@ -94,17 +71,17 @@ class Ingress:
         return JSONResponse({"ready": not waiting, "waiting_for": waiting}, 503 if waiting else 200)
 
     async def models(self) -> ModelList:
-        """List what is served."""
-        return ModelList(models=[_model_out(model) for model in self.gate.served.values()])
+        """List what is served, and why what should be is not."""
+        return ModelList(models=list(map(self._state, self.gate.standings.values())))
 
     async def predict(self, request: Request, model: str, asked: Annotated[Asked, Query()]) -> Response:
         """Rank the classes of encoded images (JPEG, PNG or WebP), or find their objects.
 
         The body is one image as it is, or several: files of multipart/form-data, or `{"images": ["<base64>", ...]}`.
         `model` may name the alias too, as in `digits@champion`. A detector that is asked for `image/png` draws its
-        boxes.
+        boxes. Where a challenger answers a share of the requests, equal `x-request-id`s get the same version.
         """
-        return await self._predict(request, self.gate.find(model), asked)
+        return await self._predict(request, self.gate.find(model, key=problems.request_id(request)), asked)
 
     async def predict_version(
         self, request: Request, model: str, version: str, asked: Annotated[Asked, Query()]
@@ -119,12 +96,38 @@ class Ingress:
             if wanted.picture and len(images.data) > 1:
                 raise Problem(406, "picture", f"Expected one image to draw boxes on, got {len(images.data)}.")
             with gate.room(len(images.data) - 1):
-                answers = await gate.ask(found, images.data, wanted)
+                answers = await gate.ask(found, images.data, wanted, key=problems.request_id(request))
         told = told_of(answers, is_plain=images.is_plain)
         if wanted.picture:
             return Response(told[0].picture, media_type=PICTURE)
         shown = _shown(found, problems.request_id(request), told, images.is_plain)
         return Response(shown.model_dump_json(), media_type="application/json")
+
+    def _state(self, standing: Standing) -> ModelState:
+        live = standing.live
+        return ModelState(
+            name=standing.name,
+            version=live and live.version,
+            alias=live and live.alias,
+            task=live and live.task,
+            versions=[served.version for served in standing.versions],
+            challenger=self._challenger(standing),
+            troubles=dict(standing.troubles),
+        )
+
+    def _challenger(self, standing: Standing) -> ChallengerState | None:
+        served = standing.challenger
+        if served is None:
+            return None
+        tally = self.gate.tally(served)
+        return ChallengerState(
+            version=served.version,
+            alias=served.alias or "",
+            share=standing.share,
+            shadow=standing.shadow,
+            compared=tally.compared,
+            agreed=tally.agreed,
+        )
 
 
 def _accepts_picture(request: Request) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from serve import bodies
+from serve import bodies, problems
 from serve.gate import Gate, asked_of, told_of, wanted_of
 from serve.problems import Problem
 from serve.schemas import Served, Told
@@ -42,20 +42,20 @@ class Invocations:
 
     async def invoke(self, request: Request, model: str | None = None) -> JSONResponse:
         """Answer about one image, or about those of MLflow's JSON."""
-        gate = self.gate
-        found = self._find(model or request.headers.get(TARGET))
+        gate, key = self.gate, problems.request_id(request)
+        found = self._find(model or request.headers.get(TARGET), key)
         with gate.room():
             images, params = await self._read(request)
             wanted = wanted_of(found, asked_of(params, "params"), where="params")
             with gate.room(len(images) - 1):
-                told = told_of(await gate.ask(found, images, wanted), is_plain=False)
+                told = told_of(await gate.ask(found, images, wanted, key=key), is_plain=False)
         return JSONResponse({"predictions": list(map(_prediction, told))})
 
-    def _find(self, name: str | None) -> Served:
-        served = self.gate.served
-        if name is None and len(served) > 1:
-            raise Problem(400, "which_model", f"Say which model as ?model=, one of {', '.join(served)}.")
-        return self.gate.find(next(iter(served)) if name is None else name)
+    def _find(self, name: str | None, key: str) -> Served:
+        names = [*self.gate.standings]
+        if name is None and len(names) > 1:
+            raise Problem(400, "which_model", f"Say which model as ?model=, one of {', '.join(names)}.")
+        return self.gate.find(names[0] if name is None else name, key=key)
 
     async def _read(self, request: Request) -> tuple[tuple[bytes, ...], dict[str, Any]]:
         limits = self.gate.limits

@@ -25,7 +25,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, FailFast, Field, StrictInt, ValidationError
 
 from pipeline import imaging
-from serve import bodies, tensors
+from serve import bodies, problems, tensors
 from serve.gate import Gate, asked_of, told_of, wanted_of
 from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Asked, Limits, Served, Told
@@ -159,7 +159,7 @@ class Oip:
 
     async def models(self) -> dict[str, list[str]]:
         """Names of the models."""
-        return {"models": [*self.gate.served]}
+        return {"models": [*self.gate.standings]}
 
     async def metadata(self, request: Request) -> dict[str, Any]:
         """A model's inputs and outputs."""
@@ -167,7 +167,7 @@ class Oip:
         properties = {"task": found.task, "alias": found.alias or "", "num_classes": str(found.num_classes)}
         return {
             "name": found.name,
-            "versions": [found.version],
+            "versions": [served.version for served in self.gate.standings[found.name].versions],
             "platform": "pytorch_eager",
             "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
             "outputs": [
@@ -191,13 +191,14 @@ class Oip:
         waiting = await self.gate.waiting_for()
         return [
             {
-                "name": found.name,
-                "version": found.version,
-                "state": "UNAVAILABLE" if found.name in waiting else "READY",
-                "reason": "loading" if found.name in waiting else "",
+                "name": name,
+                "version": version,
+                "state": "UNAVAILABLE" if name in waiting else "READY",
+                "reason": "loading" if name in waiting else "",
             }
-            for found in self.gate.served.values()
-            if not (only_ready and found.name in waiting)
+            for name, standing in self.gate.standings.items()
+            for version in [served.version for served in standing.versions] or [""]
+            if not (only_ready and name in waiting)
         ]
 
     async def load(self) -> None:
@@ -206,34 +207,36 @@ class Oip:
 
     async def statistics(self, request: Request) -> dict[str, Any]:
         """What this process has answered, since it began; nanoseconds, as Triton has them."""
-        models = [self._find(request)] if "model" in request.path_params else [*self.gate.served.values()]
+        models = [self._find(request)] if "model" in request.path_params else self.gate.roster.versions
         return {"model_stats": [self._statistics(found) for found in models]}
 
     async def infer(self, request: Request) -> Response:
         """Answer about the tensor `image`, or about a body that is an image."""
-        gate, found = self.gate, self._find(request)
+        gate, key = self.gate, problems.request_id(request)
+        found = self._find(request, key)
         with gate.room():
             body = await bodies.read(request, gate.limits)
             asked = await asyncio.to_thread(parse, body, request.headers.get(HEADER), gate.limits)
             del body  # the images stay, as they are sent on
             parameters = asked.said.parameters
             if (version := parameters.get("model_version")) is not None:
-                found = gate.find(found.name, str(version) or None)
+                found = gate.find(found.name, str(version) or None, key)
             _check_outputs(asked.said.outputs, found)
             pixels = asked.image.datatype == "UINT8"
             wanted = wanted_of(found, _asked(parameters), where="parameters", pixels=pixels)
             images = _encoded(asked.image)
             with gate.room(len(images) - 1):
                 every = replace(wanted, top_k=found.num_classes)  # of a classifier: for all probabilities
-                told = told_of(await gate.ask(found, images, every, _timeout_s(parameters)), is_plain=False)
+                answers = await gate.ask(found, images, every, _timeout_s(parameters), key)
+                told = told_of(answers, is_plain=False)
                 made = _detected(told) if found.task == "detection" else _ranked(told, found.num_classes, wanted.top_k)
                 return _response(found, asked, told, made)
 
-    def _find(self, request: Request) -> Served:
-        return self.gate.find(request.path_params["model"], request.path_params.get("version"))
+    def _find(self, request: Request, key: str = "") -> Served:
+        return self.gate.find(request.path_params["model"], request.path_params.get("version"), key)
 
     def _statistics(self, found: Served) -> dict[str, Any]:
-        tally = self.gate.tallies[found.name]
+        tally = self.gate.tally(found)
 
         def spent(count: int, ms: float) -> dict[str, int]:
             return {"count": count, "ns": round(ms * _NS)}

@@ -71,10 +71,19 @@ def overloaded() -> Problem:
     return Problem(429, "overloaded", "Too many requests are waiting; try again in a moment.", RETRY_AFTER)
 
 
+def loading(name: str) -> Problem:
+    """The refusal of a request for a model of which no version is loaded yet."""
+    return Problem(503, "loading", f"{name} is not loaded yet; GET /models says why.", {"Retry-After": "5"})
+
+
 def request_id(request: Request) -> str:
     """The request's id: the client's `x-request-id` or Ray's; a new one for text that is no id."""
     given = request.headers.get("x-request-id", "")
-    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+    if _ID.fullmatch(given):
+        return given
+    if not hasattr(request.state, "request_id"):  # the same whenever it is asked for
+        request.state.request_id = uuid.uuid4().hex
+    return str(request.state.request_id)
 
 
 def install(app: FastAPI) -> None:

@@ -35,13 +35,14 @@ class Autoscaling(Strict):
     """How many replicas a model gets.
 
     Attributes:
+        min_replicas: 0: none is loaded after `downscale_delay_s` without a request; the next one waits for it.
         target_ongoing_requests: requests a replica should have in hand, waiting ones included; None: two batches.
         upscale_delay_s: how long more must be asked for before replicas are added.
         downscale_delay_s: how long less must be asked for before replicas are taken away.
         look_back_s: the window that requests are averaged over.
     """
 
-    min_replicas: int = Field(default=1, ge=1)
+    min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     target_ongoing_requests: float | None = Field(default=None, gt=0)
     upscale_delay_s: float = Field(default=10.0, ge=0)
@@ -55,13 +56,32 @@ class Autoscaling(Strict):
         return self
 
 
+class Challenger(Strict):
+    """A second version of a model, beside the live one, by another alias of the registry.
+
+    Where that alias points to no version, or to the live one, there is none.
+
+    Attributes:
+        share: of the requests that name no version, those that it answers (canary), 0 to 1.
+        shadow: of the requests that the live version answers, those that it is asked as well, 0 to 1. Its answer is
+            compared and thrown away.
+    """
+
+    alias: str = "challenger"
+    share: float = Field(default=0.0, ge=0, le=1)
+    shadow: float = Field(default=0.0, ge=0, le=1)
+
+
 class ModelArgs(Strict):
     """One model behind the endpoint.
 
     Attributes:
         name: its name in the path, and in the registry.
-        alias: which registered version is served; resolved once, before anything is deployed.
+        alias: which registered version is served; where it moves to is followed.
+        challenger: a second version beside it.
         bundle: a bundle's folder instead of the registry, the same on every node.
+        load_s: time that a version may take until its first replica has loaded it.
+        keep_s: how long a version stays loaded after another has taken its place.
         max_queued: requests that may wait for a replica; further ones are refused with 429.
         num_cpus: CPUs, and threads, of a replica.
         num_gpus: GPUs of a replica; with any, the model runs there.
@@ -70,13 +90,24 @@ class ModelArgs(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     alias: str = "champion"
+    challenger: Challenger | None = None
     bundle: Path | None = None
+    load_s: float = Field(default=300.0, gt=0)
+    keep_s: float = Field(default=300.0, ge=0)
     batch: Batching = Batching()
     autoscaling: Autoscaling = Autoscaling()
     max_queued: int = Field(default=256, ge=1)
     num_cpus: float = Field(default=1.0, gt=0)
     num_gpus: float = Field(default=0.0, ge=0)
     decoders: int = Field(default=2, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _two_aliases_of_the_registry(self) -> Self:
+        if self.challenger and self.bundle is not None:
+            raise ValueError(f"{self.name}: a challenger is an alias of the registry, but 'bundle' names a folder")
+        if self.challenger and self.challenger.alias == self.alias:
+            raise ValueError(f"{self.name}: alias and challenger.alias are both '{self.alias}'")
+        return self
 
 
 class Limits(Strict):
@@ -89,6 +120,7 @@ class Limits(Strict):
             `max_body_bytes` it bounds the memory that bodies take.
         body_s: time for the body to arrive.
         answer_s: time from the whole body to the answer.
+        max_shadowed: images in hand at once that challengers are asked only for comparison; others are not compared.
     """
 
     max_body_bytes: int = Field(default=10 * MIB, ge=1, le=64 * MIB)
@@ -96,6 +128,7 @@ class Limits(Strict):
     max_inflight: int = Field(default=256, ge=1)
     body_s: float = Field(default=10.0, gt=0)
     answer_s: float = Field(default=30.0, gt=0)
+    max_shadowed: int = Field(default=8, ge=0)
 
     @property
     def most_images(self) -> int:
@@ -108,6 +141,7 @@ class AppArgs(Strict):
 
     Attributes:
         registry: MLflow's address; None: the environment's MLFLOW_TRACKING_URI.
+        poll_s: how often it is asked where the aliases point to.
         cache: where registered bundles are kept; every node must see this folder.
         ingress_replicas: processes that speak HTTP.
         ingress_cpus: CPUs that each of them reserves.
@@ -115,6 +149,7 @@ class AppArgs(Strict):
 
     models: tuple[ModelArgs, ...]
     registry: str | None = None
+    poll_s: float = Field(default=5.0, gt=0)
     cache: Path = Path("storage/bundles")
     limits: Limits = Limits()
     ingress_replicas: int = Field(default=1, ge=1)
@@ -147,6 +182,9 @@ class Served:
         version: the registered version, or the beginning of the weights' checksum for a bundle from a folder.
         alias: what it was resolved from; None for a bundle from a folder.
         bundle: its folder.
+        weights: the beginning of the weights' checksum.
+        app: the application of Ray Serve whose replicas hold it; "" before it is loaded.
+        sleeps: whether it may have no replica until it is asked.
     """
 
     name: str
@@ -155,6 +193,9 @@ class Served:
     bundle: Path
     num_classes: int
     task: Task = "classification"
+    weights: str = ""
+    app: str = ""
+    sleeps: bool = False
 
 
 class Asked(BaseModel):
@@ -266,7 +307,41 @@ class Answers(BaseModel):
     results: list[Result]
 
 
+class ChallengerState(BaseModel):
+    """The second version beside the live one; the counts are those of the process that answers.
+
+    Attributes:
+        compared: images that both were asked about.
+        agreed: those of them that both said the same of.
+    """
+
+    version: str
+    alias: str
+    share: float
+    shadow: float
+    compared: int
+    agreed: int
+
+
+class ModelState(BaseModel):
+    """One name, and what is behind it.
+
+    Attributes:
+        version: the live one; None: none is loaded yet.
+        versions: all that can be asked, the live one first.
+        troubles: by alias, why the version that it points to is not served.
+    """
+
+    name: str
+    version: str | None
+    alias: str | None
+    task: Task | None
+    versions: list[str]
+    challenger: ChallengerState | None
+    troubles: dict[str, str]
+
+
 class ModelList(BaseModel):
     """What `GET /models` answers."""
 
-    models: list[ModelOut]
+    models: list[ModelState]

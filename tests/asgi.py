@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from serve.gate import Gate
 from serve.ingress import application
+from serve.roster import Roster, Standing
 from serve.schemas import Limits, Refused, Served, Told, Wanted
 
 SERVED = (
@@ -25,9 +27,11 @@ class Answering:
         self.answer = answer
         self.by_image: dict[bytes, Told | Refused] = {b"bad": Refused("truncated", "ends early")}
         self.asked: list[tuple[str, tuple[bytes, ...], Wanted]] = []
+        self.versions: list[str] = []
 
-    async def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
-        self.asked.append((name, images, wanted))
+    async def predict(self, served: Served, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
+        self.asked.append((served.name, images, wanted))
+        self.versions.append(served.version)
         if isinstance(self.answer, float):
             await asyncio.sleep(self.answer)
             return [ranked(wanted.top_k)] * len(images)
@@ -35,8 +39,8 @@ class Answering:
             raise self.answer
         return [self.by_image.get(data, self.answer) for data in images]
 
-    async def ready(self, name: str) -> bool:
-        if isinstance(self.answer, Exception) and name == "flowers":
+    async def ready(self, served: Served) -> bool:
+        if isinstance(self.answer, Exception) and served.name == "flowers":
             raise self.answer
         return True
 
@@ -49,10 +53,16 @@ class Client:
     """Speaks ASGI to the application."""
 
     def __init__(
-        self, answer: Told | Refused | Exception | float, served: tuple[Served, ...] = SERVED, **limits: Any
+        self,
+        answer: Told | Refused | Exception | float,
+        served: tuple[Served, ...] = SERVED,
+        standings: tuple[Standing, ...] = (),
+        **limits: Any,
     ) -> None:
         self.models = Answering(answer)
-        self.app = application(served, Limits(**limits), self.models)
+        found = standings or tuple(Standing(one.name, one) for one in served)
+        self.gate = Gate(Roster.of(found), Limits(**limits), self.models)
+        self.app = application(self.gate)
 
     async def post(
         self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None

@@ -184,7 +184,7 @@ def holder(uri: str, name: str, alias: str) -> Version | None:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise TrackingError(f"{uri}: {_missing(client, name, alias, None)}") from None
+            raise connection.RefusedError(f"{uri}: {_missing(client, name, alias, None)}") from None
     return None if held is None else resolve(uri, f"{name}/{held}")
 
 
@@ -193,8 +193,8 @@ def resolve(uri: str, reference: str) -> Version:
 
     Raises:
         ConfigError: the reference is of neither form.
-        TrackingError: there is no such model, alias or version (the message names those that exist), or the server does
-            not answer.
+        RefusedError: there is no such model, alias or version; the message names those that exist.
+        TrackingError: the server does not answer.
     """
     parts = _REFERENCE.fullmatch(reference)
     if parts is None:
@@ -207,7 +207,7 @@ def resolve(uri: str, reference: str) -> Version:
         except MlflowException as error:
             if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                 raise
-            raise TrackingError(f"{uri}: {_missing(client, name, alias, version)}") from None
+            raise connection.RefusedError(f"{uri}: {_missing(client, name, alias, version)}") from None
         return _version(found)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,12 +16,12 @@ from pydantic import Field, model_validator
 
 from pipeline import provenance
 from pipeline.config import Strict, dump, flatten
-from pipeline.data import loading, proposals, shards
+from pipeline.data import loading, lookup, proposals, shards
 from pipeline.errors import ConfigError
 from pipeline.evaluation import run as evaluation
 from pipeline.evaluation.detection_report import DetectionReport
 from pipeline.evaluation.report import ClassificationReport, Report
-from pipeline.inference import bundle
+from pipeline.inference import bundle, golden
 from pipeline.inference.bundle import Bundle
 from pipeline.models._detector import check_proposals
 from pipeline.tracking import connection, registry, runs
@@ -29,6 +30,8 @@ from pipeline.training.recipe import Recipe
 from pipeline.training.record import Record
 from pipeline.types import Split, Views
 
+NUM_GOLDEN = 4
+"""Validation images that a bundle keeps with their answers."""
 REGISTRY_WAIT_S = 600.0  # for a server that is away when a model is ready to be registered
 
 log = logging.getLogger("ventral.training")
@@ -180,6 +183,7 @@ def conduct(
             run.log_metrics({"solve_s": seconds["solve"]}, step=config.recipe.epochs)
         with _timed(seconds, "evaluate"):
             reports = {split: _evaluate(made, source, split, config, folder, run) for split in config.evaluate}
+        golden.keep(made, [image for _, image in islice(lookup.in_order(source, "val"), NUM_GOLDEN)])
         with _timed(seconds, "register"):
             version = register(run, made, config.register_as)
         Record(run_id=run.id, run_url=run.url, recipe=recipe, version=version, is_finished=True).write(folder)

@@ -46,7 +46,7 @@ class Load:
 def wait_for(head: Service, count: int, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if replicas(head, "ventral", "tiny") == count:
+        if replicas(head, "tiny") == count:
             return True
         time.sleep(0.25)
     return False

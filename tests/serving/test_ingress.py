@@ -187,7 +187,10 @@ def test_health_readiness_and_models_answer(url: str, tiny: Bundle) -> None:
     ready = requests.get(f"{url}/readyz", timeout=10)
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "waiting_for": []})
     listed = requests.get(f"{url}/models", timeout=10).json()
-    assert listed == {"models": [{"name": "tiny", "version": tiny.card.weights_sha256[:12], "alias": None}]}
+    (model,) = listed["models"]
+    version = tiny.card.weights_sha256[:12]
+    assert (model["name"], model["version"], model["alias"], model["versions"]) == ("tiny", version, None, [version])
+    assert (model["troubles"], model["challenger"]) == ({}, None)
 
 
 def test_head_with_serve_running_listens_on_loopback_only(url: str, ray_head: Service) -> None:

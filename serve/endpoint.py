@@ -1,0 +1,110 @@
+"""What Ray Serve makes of the ingress and of the reconciler: two deployments that tell each other what is served.
+
+    Minder (one) ── roster, handles ──► Endpoint (one or more) ── images ──► replicas of versions
+
+Neither holds a model. An endpoint keeps its last roster while the minder is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, cast
+
+import ray.serve
+from fastapi import FastAPI
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from serve.gate import Gate
+from serve.ingress import application
+from serve.roster import Roster, Standing
+from serve.schemas import AppArgs, Limits, Refused, Served, Told, Wanted
+
+FIRST_NEWS_S = 60.0
+"""An endpoint that is started waits so long for its first roster before it takes requests."""
+GREET_S = 10.0
+PAUSE_S = 1.0
+_log = logging.getLogger("ray.serve")
+
+
+class Minder:
+    """The deployment that follows the registry."""
+
+    def __init__(self, args: AppArgs) -> None:
+        from serve.reconciler import Reconciler  # noqa: PLC0415  (the endpoint's processes need none of it)
+        from serve.stage import RayStage  # noqa: PLC0415
+        from serve.versions import NO_PICKLE, Versions  # noqa: PLC0415
+
+        os.environ.update(NO_PICKLE)
+        stage = RayStage(ray.serve.get_replica_context().app_name)
+        self._reconciler = Reconciler(args.models, Versions(args), stage, args.poll_s)
+        self._reconciler.begin()
+
+    async def roster(self, token: str) -> tuple[Roster, Mapping[str, Any]]:
+        """News since a roster; see `Reconciler.roster`."""
+        return await self._reconciler.roster(token)
+
+    def check_health(self) -> None:
+        """Raise where nobody follows the registry any more, so that Serve starts another."""
+        self._reconciler.check()
+
+
+class Endpoint:
+    """The ingress deployment: the application over Ray's handles."""
+
+    def __init__(self, names: Sequence[str], limits: Limits, minder: Any) -> None:
+        self.gate = Gate(Roster({name: Standing(name) for name in names}), limits, self)
+        self._minder = minder
+        self._handles: Mapping[str, Any] = {}
+        self._has_news = asyncio.Event()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application, made where it runs."""
+        return application(self.gate, lifespan=self._following)
+
+    async def predict(self, served: Served, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
+        """Ask a replica of the version."""
+        return cast(list[Told | Refused], await self._handle(served).predict.remote(images, wanted))
+
+    async def ready(self, served: Served) -> bool:
+        """Whether a replica of the version answers."""
+        return cast(bool, await self._handle(served).ready.remote())
+
+    def _handle(self, served: Served) -> Any:
+        if served.app not in self._handles:
+            raise DeploymentUnavailableError(served.app)
+        return self._handles[served.app]
+
+    @contextlib.asynccontextmanager
+    async def _following(self, _: FastAPI) -> AsyncGenerator[None]:
+        task = asyncio.get_running_loop().create_task(self._follow())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_news.wait(), FIRST_NEWS_S)
+        yield
+        task.cancel()
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                roster, handles = await self._minder.roster.remote(self.gate.roster.token)
+                if roster.token not in {"", self.gate.roster.token}:
+                    await self._turn(roster, handles)
+            except Exception as error:
+                _log.warning("no news of what is served, the last holds: %s", error)
+                await asyncio.sleep(PAUSE_S)
+
+    async def _turn(self, roster: Roster, handles: Mapping[str, Any]) -> None:
+        """Ask for what is in a roster from now on; versions that are new are greeted before a request meets them."""
+        new = [served for served in roster.versions if served.app not in self._handles and not served.sleeps]
+        await asyncio.gather(*(self._greet(handles[served.app]) for served in new), return_exceptions=True)
+        last = {served.app: self._handles[served.app] for served in self.gate.roster.versions}  # requests on their way
+        self._handles = {**last, **handles}
+        self.gate.roster = roster
+        self._has_news.set()
+
+    async def _greet(self, handle: Any) -> None:
+        async with asyncio.timeout(GREET_S):
+            await handle.ready.remote()

@@ -1,0 +1,147 @@
+"""Where versions are loaded: each is an application of Ray Serve of its own, without a route, scaled by its own load.
+
+So a version is added, drained and removed without touching another, and one that cannot be loaded takes none with it.
+Its name says what it holds: `<application>.<model>.<version>.<digest of weights and arguments>`, so a reconciler that
+is started anew finds what its predecessor has loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray.serve
+from ray.serve.api import RunTarget, run_many
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ApplicationStatus
+
+from pipeline.errors import ClusterError, ModelError, last_raised
+from pipeline.inference import golden
+from pipeline.types import Answer, Classification, Detections
+from serve.deployments import Replica
+from serve.schemas import Autoscaling, ModelArgs, Refused, Served, Told, Wanted
+
+START_ATTEMPTS = 3
+"""Of a replica, before its deployment has failed; 20 by default."""
+POLL_S = 0.25
+REHEARSAL_S = 60.0
+_FAILED = {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
+
+
+class RayStage:
+    """Ray Serve as `serve.reconciler.Stage`."""
+
+    def __init__(self, application: str) -> None:
+        self._prefix = f"{application}."
+        self._handles: dict[str, Any] = {}
+
+    async def load(self, served: Served, model: ModelArgs) -> Served:
+        """Load a version, or find it loaded; the same with its place.
+
+        Raises:
+            ClusterError: no replica has loaded it within `load_s`, or each one has failed.
+        """
+        app, deadline = self._name(served, model), time.monotonic() + model.load_s
+        status, reason = await self._status(app)
+        while status == ApplicationStatus.DELETING and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+            status, reason = await self._status(app)
+        if status != ApplicationStatus.RUNNING:
+            await asyncio.to_thread(_run, bound(served, model), app)
+        while (found := await self._status(app))[0] != ApplicationStatus.RUNNING:
+            status, reason = found
+            if status in _FAILED or time.monotonic() > deadline:
+                await self.unload(app)
+                late = f"not loaded within {model.load_s:g} s; has the cluster the CPUs and GPUs for a second version?"
+                raise ClusterError(reason if status in _FAILED else late)
+            await asyncio.sleep(POLL_S)
+        self._handles[app] = await asyncio.to_thread(ray.serve.get_app_handle, app)
+        return replace(served, app=app)
+
+    async def rehearse(self, served: Served) -> None:
+        """Have a loaded version answer the golden images of its bundle, through the road of every request.
+
+        Raises:
+            ModelError: it answers otherwise than when the bundle was made.
+            TimeoutError: it does not answer.
+        """
+        handle = self._handles[served.app]
+        async with asyncio.timeout(REHEARSAL_S):
+            await handle.ready.remote()
+            for image, expected in golden.load(served.bundle):
+                wanted = Wanted(top_k=len(expected.labels), score_threshold=golden.MIN_SCORE)
+                [told] = await handle.predict.remote((image,), wanted)
+                if isinstance(told, Refused):
+                    raise ModelError(f"{expected.file}: refused ({told.reason}): {told.message}")
+                golden.check(expected, _answer(told))
+
+    async def unload(self, app: str) -> None:
+        """Let what is loaded in a place go, once what it has been asked is answered."""
+        self._handles.pop(app, None)
+        await asyncio.to_thread(ray.serve.delete, app)
+
+    async def loaded(self) -> Sequence[str]:
+        """Every place that something of this application is loaded in."""
+        status = await asyncio.to_thread(ray.serve.status)
+        return [app for app in status.applications if app.startswith(self._prefix)]
+
+    def handles(self) -> Mapping[str, Any]:
+        """How replicas are reached, by place."""
+        return dict(self._handles)
+
+    def _name(self, served: Served, model: ModelArgs) -> str:
+        """Of the place that holds a version: another one where replicas would be others."""
+        args = model.model_dump_json(exclude={"alias", "challenger", "load_s", "keep_s"})
+        digest = hashlib.sha256(f"{served.weights} {served.bundle} {args}".encode()).hexdigest()
+        return f"{self._prefix}{served.name}.{served.version}.{digest[:8]}"
+
+    async def _status(self, app: str) -> tuple[ApplicationStatus, str]:
+        status = await asyncio.to_thread(ray.serve.status)
+        found = status.applications.get(app)
+        if found is None:
+            return ApplicationStatus.NOT_STARTED, ""
+        reasons = [found.message, *(deployment.message for deployment in found.deployments.values())]
+        return found.status, last_raised(" ".join(reasons))
+
+
+def _answer(told: Told) -> Answer:
+    labels, scores = np.array(told.labels, np.int64), np.array(told.scores, np.float32)
+    if told.boxes is None:
+        return Classification(labels, scores)
+    return Detections(np.array(told.boxes, np.float32).reshape(-1, 4), labels, scores)
+
+
+def bound(served: Served, args: ModelArgs) -> ray.serve.Application:
+    """One version as a graph of one deployment."""
+    deployment = ray.serve.deployment(
+        name=args.name,
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        autoscaling_config=_autoscaling(args.autoscaling, args.batch.max_size),
+        max_ongoing_requests=4 * args.batch.max_size,  # one batch computed, one waiting, two being decoded
+        max_queued_requests=args.max_queued,
+        max_constructor_retry_count=START_ATTEMPTS,
+    )
+    return deployment(Replica).bind(served, args)
+
+
+def _autoscaling(args: Autoscaling, batch_size: int) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=args.min_replicas,
+        initial_replicas=max(1, args.min_replicas),  # to be seen to answer, also what may sleep later
+        max_replicas=args.max_replicas,
+        target_ongoing_requests=args.target_ongoing_requests or 2 * batch_size,
+        upscale_delay_s=args.upscale_delay_s,
+        downscale_delay_s=args.downscale_delay_s,
+        look_back_period_s=args.look_back_s,
+    )
+
+
+def _run(application: ray.serve.Application, name: str) -> None:
+    """Deploy, and do not wait: `ray.serve.run` waits for as long as it takes."""
+    target = RunTarget(application, name=name, route_prefix=None)
+    run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

@@ -1,0 +1,138 @@
+"""From names to versions to bundles on disk: where an alias points to now, and that version's bundle, checked.
+
+A folder's bundle is its own version. What is served is written down, so that a process that starts while the registry
+is away serves what was served last. Nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from pipeline.errors import ConfigError, TrackingError
+from pipeline.inference import bundle
+from pipeline.inference.bundle import Bundle
+from serve.schemas import AppArgs, ModelArgs, Served
+
+REGISTRY = "MLFLOW_TRACKING_URI"
+MEMORY = "served.json"
+NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+"""For every process that serves: MLflow unpickles what a model holds unless it is told not to."""
+_log = logging.getLogger("ray.serve")
+
+
+class Versions:
+    """What the aliases of an application's models mean."""
+
+    def __init__(self, args: AppArgs) -> None:
+        self._uri = args.registry or os.environ.get(REGISTRY)
+        self._cache = args.cache.resolve()
+        self._checked: dict[Any, Bundle] = {}
+
+    def settle(self, model: ModelArgs, alias: str) -> Served:
+        """What an alias of a model, or the model's folder, means now, its bundle on disk and its checksums right.
+
+        Raises:
+            ConfigError: no registry is known.
+            RefusedError: the registry has no such model or alias.
+            TrackingError: it does not answer.
+            BundleError: the bundle is damaged.
+        """
+        if model.bundle is not None:
+            found = bundle.load(model.bundle.resolve())
+            return _served(model, found.card.weights_sha256[:12], None, found)
+        if not self._uri:
+            raise ConfigError(
+                f"model '{model.name}' is to come from the registry, but there is none: "
+                f"set 'registry' in the application's args, or {REGISTRY}"
+            )
+        from pipeline.tracking import registry  # noqa: PLC0415  (MLflow takes seconds to import; folders need none)
+
+        version = registry.resolve(self._uri, f"{model.name}@{alias}")
+        return self._fetched(model, alias, version)
+
+    def settle_or_last(self, model: ModelArgs, alias: str) -> Served:
+        """What an alias means now or, while the registry is away, meant when it was last served."""
+        try:
+            return self.settle(model, alias)
+        except TrackingError as error:
+            said = self._memory().get(model.name, {}).get(alias)
+            if said is None or _is_refused(error):
+                raise
+            from pipeline.tracking.registry import Version  # noqa: PLC0415
+
+            return self._fetched(model, alias, TypeAdapter(Version).validate_python(said))
+
+    def settle_if_any(self, model: ModelArgs, alias: str) -> Served | None:
+        """What an alias means now; None where the registry knows no such alias."""
+        try:
+            return self.settle(model, alias)
+        except TrackingError as error:
+            if not _is_refused(error):
+                raise
+            return None
+
+    def remember(self, served: Served) -> None:
+        """Write down that a version is served by its alias."""
+        version = next((key for key in self._checked if (key.name, key.version) == (served.name, served.version)), None)
+        if version is None:
+            return  # a folder's
+        memory = self._memory()
+        memory.setdefault(served.name, {})[served.alias] = asdict(version)
+        path = self._cache / MEMORY
+        try:
+            partial = path.with_suffix(f".partial-{os.getpid()}")
+            partial.write_text(json.dumps(memory, indent=2))
+            partial.replace(path)
+        except OSError as error:
+            _log.warning("%s could not be written, so a start without the registry will not find it: %s", path, error)
+
+    def _memory(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self._cache / MEMORY).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _fetched(self, model: ModelArgs, alias: str, version: Any) -> Served:
+        from pipeline.tracking import registry  # noqa: PLC0415
+
+        version = replace(version, aliases=())  # which change without it
+        if version not in self._checked:  # weights are hundreds of megabytes: looking at them once is enough
+            self._checked[version] = registry.fetch(self._uri or "", version, self._cache)
+        return _served(model, version.version, alias, self._checked[version])
+
+
+def settle_all(args: AppArgs) -> list[Served]:
+    """What every model's alias means now or, while the registry is away, meant when it was last served.
+
+    Raises:
+        As `Versions.settle`.
+    """
+    versions = Versions(args)
+    return [versions.settle_or_last(model, model.alias) for model in args.models]
+
+
+def _is_refused(error: TrackingError) -> bool:
+    """Whether the registry has answered, that there is no such thing."""
+    from pipeline.tracking.connection import RefusedError  # noqa: PLC0415
+
+    return isinstance(error, RefusedError)
+
+
+def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle) -> Served:
+    return Served(
+        name=model.name,
+        version=version,
+        alias=alias,
+        bundle=found.path,
+        num_classes=len(found.card.classes),
+        task=found.card.task,
+        weights=found.card.weights_sha256[:12],
+        sleeps=model.autoscaling.min_replicas == 0,
+    )

@@ -1,0 +1,295 @@
+"""What is served follows the aliases: decided here against a registry and a stage that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import BundleError, ModelError, TrackingError
+from serve.reconciler import FIRST_PAUSE_S, LONGEST_PAUSE_S, Follower, Reconciler
+from serve.schemas import ModelArgs, Served
+
+
+def version(number: int, alias: str | None = "champion", app: str = "") -> Served:
+    return Served("digits", str(number), alias, Path("/nowhere"), 10, weights=f"w{number}", app=app)
+
+
+class Registry:
+    """Aliases that point where the test says; an exception is raised."""
+
+    def __init__(self, champion: int | Exception = 1, challenger: int | Exception | None = None) -> None:
+        self.points: dict[str, int | Exception | None] = {"champion": champion, "challenger": challenger}
+        self.last: int | None = None
+        self.remembered: list[str] = []
+
+    def settle(self, model: ModelArgs, alias: str) -> Served:
+        found = self.points[alias]
+        if isinstance(found, Exception):
+            raise found
+        assert found is not None
+        return version(found, alias)
+
+    def settle_or_last(self, model: ModelArgs, alias: str) -> Served:
+        if isinstance(self.points[alias], TrackingError) and self.last is not None:
+            return version(self.last, alias)
+        return self.settle(model, alias)
+
+    def settle_if_any(self, model: ModelArgs, alias: str) -> Served | None:
+        return None if self.points[alias] is None else self.settle(model, alias)
+
+    def remember(self, served: Served) -> None:
+        self.remembered.append(served.version)
+
+
+class Loading:
+    """A stage whose loads and rehearsals fail as told; `during` is done while a version is being loaded."""
+
+    def __init__(self) -> None:
+        self.apps: list[str] = []
+        self.did: list[str] = []
+        self.fails: dict[str, Exception] = {}
+        self.answers_wrongly: dict[str, Exception] = {}
+        self.during: Any = None
+
+    async def load(self, served: Served, model: ModelArgs) -> Served:
+        app = f"app-{served.version}"
+        self.did.append(f"load {served.version}")
+        if self.during is not None:
+            self.during()
+        if served.version in self.fails:
+            raise self.fails[served.version]
+        if app not in self.apps:
+            self.apps.append(app)
+        return replace(served, app=app)
+
+    async def rehearse(self, served: Served) -> None:
+        if served.version in self.answers_wrongly:
+            raise self.answers_wrongly[served.version]
+
+    async def unload(self, app: str) -> None:
+        self.did.append(f"unload {app.removeprefix('app-')}")
+        self.apps.remove(app)
+
+    async def loaded(self) -> Sequence[str]:
+        return self.apps
+
+    def handles(self) -> Mapping[str, Any]:
+        return {app: f"handle of {app}" for app in self.apps}
+
+
+class Case:
+    """A follower, its registry and stage, and a clock that stands still."""
+
+    def __init__(self, registry: Registry, **model: Any) -> None:
+        self.registry, self.stage, self.now_s = registry, Loading(), 0.0
+        self.args = ModelArgs(**({"name": "digits", "keep_s": 100.0} | model))
+        self.follower = Follower(self.args, registry, self.stage, clock=lambda: self.now_s)
+
+    def step(self) -> None:
+        asyncio.run(self.follower.step())
+
+    @property
+    def live(self) -> str | None:
+        live = self.follower.standing.live
+        return live and live.version
+
+    @property
+    def kept(self) -> list[str]:
+        return [one.version for one in self.follower.standing.kept]
+
+    @property
+    def troubles(self) -> dict[str, str]:
+        return dict(self.follower.standing.troubles)
+
+
+def test_step_at_first_loads_what_the_alias_points_to_and_remembers_it() -> None:
+    case = Case(Registry(3))
+    case.step()
+    assert case.follower.standing.live == version(3, app="app-3")
+    assert case.registry.remembered == ["3"]
+    case.step()
+    assert case.stage.did == ["load 3"]  # nothing moved, nothing is done
+
+
+def test_step_after_the_alias_has_moved_keeps_the_version_before_for_a_while() -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.registry.points["champion"] = 2
+    case.step()
+    assert (case.live, case.kept) == ("2", ["1"])
+    case.now_s = 99.0
+    case.step()
+    assert case.kept == ["1"]
+    case.now_s = 100.0
+    case.step()
+    assert (case.live, case.kept, case.stage.apps) == ("2", [], ["app-2"])
+    assert case.stage.did == ["load 1", "load 2", "unload 1"]
+
+
+def test_an_alias_that_moves_back_finds_its_version_loaded() -> None:
+    case = Case(Registry(1))
+    for number in (1, 2, 1):
+        case.registry.points["champion"] = number
+        case.step()
+    assert (case.live, case.kept) == ("1", ["2"])
+    assert not any(done.startswith("unload") for done in case.stage.did)
+
+
+@pytest.mark.parametrize("place", ["fails", "answers_wrongly"])
+def test_a_version_that_cannot_be_taken_leaves_the_live_one_and_says_why(place: str) -> None:
+    case = Case(Registry(1))
+    case.step()
+    getattr(case.stage, place)["2"] = ModelError("golden image 0: class 3 had 0.9")
+    case.registry.points["champion"] = 2
+    case.step()
+    assert (case.live, case.kept, case.stage.apps) == ("1", [], ["app-1"])
+    assert case.troubles == {"champion": "golden image 0: class 3 had 0.9"}
+
+
+def test_a_version_that_cannot_be_taken_is_tried_again_after_pauses_that_double() -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.stage.fails["2"] = RuntimeError("no room")
+    case.registry.points["champion"] = 2
+    tried_s = []
+    while case.now_s < 3 * LONGEST_PAUSE_S:
+        before = len(case.stage.did)
+        case.step()
+        tried_s += [case.now_s] * (len(case.stage.did) > before)
+        case.now_s += 1.0
+    pauses = [after - before for before, after in itertools.pairwise(tried_s)]
+    assert pauses[:4] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S]
+    assert max(pauses) == LONGEST_PAUSE_S
+    assert case.troubles == {"champion": "RuntimeError: no room"}
+    del case.stage.fails["2"]
+    case.now_s += LONGEST_PAUSE_S
+    case.step()
+    assert (case.live, case.troubles) == ("2", {})
+
+
+def test_a_newer_version_is_not_held_up_by_one_that_was_refused() -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.stage.fails["2"] = RuntimeError("no room")
+    for number in (2, 3):
+        case.registry.points["champion"] = number
+        case.step()
+    assert (case.live, case.troubles) == ("3", {})
+
+
+@pytest.mark.parametrize(
+    "error", [TrackingError("no MLflow server answers"), BundleError("the stored bundle is not the registered one")]
+)
+def test_a_registry_that_fails_changes_nothing_but_says_so_until_it_answers(error: Exception) -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.registry.points["champion"] = error
+    case.step()
+    assert (case.live, case.troubles) == ("1", {"champion": str(error)})
+    case.registry.points["champion"] = 1
+    case.step()
+    assert (case.live, case.troubles, case.stage.did) == ("1", {}, ["load 1"])
+
+
+def test_a_start_without_the_registry_serves_what_was_served_last() -> None:
+    case = Case(Registry(TrackingError("no MLflow server answers")))
+    case.registry.last = 7
+    case.step()
+    assert case.live == "7"
+    case.step()
+    assert (case.live, case.troubles) == ("7", {"champion": "no MLflow server answers"})
+
+
+def test_an_alias_that_moves_on_while_its_version_is_loaded_is_not_served_by_that_version() -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.registry.points["champion"] = 2
+    case.stage.during = lambda: case.registry.points.update(champion=1)  # somebody takes it back
+    case.step()
+    assert (case.live, case.kept) == ("1", ["2"])
+    case.now_s = 100.0
+    case.step()
+    assert case.stage.apps == ["app-1"]
+
+
+def test_a_flapping_alias_loads_each_version_once_and_ends_where_it_points() -> None:
+    case = Case(Registry(1))
+    for number in [1, 2] * 50 + [1]:
+        case.registry.points["champion"] = number
+        case.step()
+        assert case.live == str(number)
+    assert case.stage.apps == ["app-1", "app-2"]
+    assert case.kept == ["2"]
+
+
+def test_a_challenger_stands_beside_the_live_version_until_its_alias_goes() -> None:
+    case = Case(Registry(1, challenger=2), challenger={"share": 0.25, "shadow": 1.0})
+    case.step()
+    standing = case.follower.standing
+    assert standing.challenger == version(2, "challenger", "app-2")
+    assert (standing.share, standing.shadow) == (0.25, 1.0)
+    case.registry.points["challenger"] = None
+    case.step()
+    assert (case.live, case.follower.standing.challenger, case.kept) == ("1", None, ["2"])
+
+
+def test_a_challenger_that_is_promoted_is_live_at_once_and_its_own_challenger_no_more() -> None:
+    case = Case(Registry(1, challenger=2), challenger={})
+    case.step()
+    case.registry.points["champion"] = 2
+    case.step()
+    assert (case.live, case.follower.standing.challenger, case.kept) == ("2", None, ["1"])
+    assert case.follower.standing.live == version(2, "champion", "app-2")
+
+
+def test_a_challenger_that_fails_leaves_the_live_version_alone() -> None:
+    case = Case(Registry(1, challenger=2), challenger={})
+    case.stage.answers_wrongly["2"] = ModelError("another answer")
+    case.step()
+    assert (case.live, case.follower.standing.challenger) == ("1", None)
+    assert case.troubles == {"challenger": "another answer"}
+
+
+def test_reconciler_tells_news_at_once_and_unloads_what_a_predecessor_left() -> None:
+    async def scenario() -> None:
+        registry, stage = Registry(1), Loading()
+        stage.apps = ["app-1", "app-of-yore"]
+        reconciler = Reconciler([ModelArgs(name="digits")], registry, stage, poll_s=0.01)
+        reconciler.begin()
+        async with asyncio.timeout(10):
+            first, handles = await reconciler.roster("")
+            assert first.standings["digits"].live == version(1, app="app-1")
+            assert handles["app-1"] == "handle of app-1"
+            while "app-of-yore" in stage.apps:
+                await asyncio.sleep(0.01)
+            waiting = asyncio.create_task(reconciler.roster(first.token))
+            registry.points["champion"] = 2
+            second, handles = await waiting
+        assert second.token != first.token
+        assert [one.version for one in second.standings["digits"].versions] == ["2", "1"]
+        assert set(handles) == {"app-1", "app-2"}
+        reconciler.check()
+
+    asyncio.run(scenario())
+
+
+def test_reconciler_whose_task_has_ended_is_not_healthy() -> None:
+    class Broken(Loading):
+        async def loaded(self) -> Sequence[str]:
+            raise OSError("gone")
+
+    async def scenario() -> None:
+        reconciler = Reconciler([ModelArgs(name="digits")], Registry(1), Broken(), poll_s=0.01)
+        reconciler.begin()
+        async with asyncio.timeout(10):
+            await asyncio.wait(reconciler.tasks)
+        with pytest.raises(RuntimeError, match="the reconciler has stopped: gone"):
+            reconciler.check()
+
+    asyncio.run(scenario())
