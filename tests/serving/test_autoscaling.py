@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,35 +11,10 @@ import requests
 
 from jobs._deploy import deploy, replicas
 from jobs._process import Service
+from tests.serving.load import Load
 
 CLIENTS = 8
 UP_S, DOWN_S = 60.0, 60.0
-
-
-class Load:
-    """Clients that ask without a pause; `statuses` collects what they were answered."""
-
-    def __init__(self, url: str, data: bytes) -> None:
-        self.url = url
-        self.data = data
-        self.stop = threading.Event()
-        self.statuses: list[int] = []
-        self.threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
-
-    def _ask(self) -> None:
-        with requests.Session() as session:
-            while not self.stop.is_set():
-                self.statuses.append(session.post(self.url, data=self.data, timeout=30).status_code)
-
-    def __enter__(self) -> Load:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join(30)
 
 
 def wait_for(head: Service, count: int, timeout_s: float) -> bool:
@@ -66,11 +40,11 @@ def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
     # Waiting for a batch that never fills keeps requests in hand without keeping the processor busy.
     url = deploy(ray_head, app_config(autoscaling=scaling, batch={"max_size": 64, "wait_ms": 150.0}))
     assert wait_for(ray_head, 1, 10)
-    with Load(f"{url}/predict/tiny", picture()) as load:
+    with Load(f"{url}/predict/tiny", picture(), CLIENTS) as load:
         assert wait_for(ray_head, 2, UP_S)
         seen = len(load.statuses)
         time.sleep(1)
         assert len(load.statuses) > seen
-    assert set(load.statuses) == {200}
+    load.expect_no_failure()
     assert wait_for(ray_head, 1, DOWN_S)
     assert requests.post(f"{url}/predict/tiny", data=picture(), timeout=30).status_code == 200

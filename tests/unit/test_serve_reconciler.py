@@ -97,7 +97,7 @@ class Case:
     @property
     def live(self) -> str | None:
         live = self.follower.standing.live
-        return live and live.version
+        return live.version if live else None
 
     @property
     def kept(self) -> list[str]:

@@ -1,0 +1,50 @@
+"""Clients that ask an endpoint without a pause, while a test does something to it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import requests
+
+
+class Load:
+    """So many clients; `statuses` collects what they were answered, `versions` by which versions of the model."""
+
+    def __init__(self, url: str, data: bytes, num_clients: int) -> None:
+        self.url = url
+        self.data = data
+        self.statuses: list[int] = []
+        self.versions: list[str] = []
+        self.errors: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(num_clients)]
+
+    def _ask(self) -> None:
+        with requests.Session() as session:
+            while not self._stop.is_set():
+                try:
+                    response = session.post(self.url, data=self.data, timeout=30)
+                except requests.RequestException as error:
+                    self.errors.append(f"{type(error).__name__}: {error}")
+                    continue
+                self.statuses.append(response.status_code)
+                if response.ok:
+                    self.versions.append(response.json()["model"]["version"])
+                else:
+                    self.errors.append(response.text[:300])
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def expect_no_failure(self) -> None:
+        """Every request was answered with 200."""
+        assert self.errors == []
+        assert Counter(self.statuses).keys() == {200}
