@@ -27,11 +27,11 @@ up: install  ## the same, and leave MLflow, Ray and the endpoint running
 down: install  ## stop what `make up` left running
 	@$(RUN) jobs.down
 
-test: install  ## style, types, architecture, all tests but the slow ones
+test: install  ## style, types, architecture, all tests but the slow ones, the quickstart in them; CI runs this
 	$(MAKE) --no-print-directory lint types
 	$(BIN)/pytest -m "not slow and not long"
 
-test-slow: install  ## kills, full disks, whole roads, stopped jobs; CI runs them too
+test-slow: install  ## kills, full disks, stopped jobs, real scales; before a release
 	$(BIN)/pytest -m "slow and not long"
 
 test-long: install  ## a whole sweep, the README's commands on a folder of photos, detectors killed and resumed; minutes each

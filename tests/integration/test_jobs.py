@@ -104,7 +104,6 @@ def test_own_folder_to_endpoint_in_the_three_commands_of_the_readme(photos: Path
         requests.post(endpoint, data=b"", timeout=5)
 
 
-@pytest.mark.slow
 def test_quickstart_kept_answers_until_down_and_leaves_nothing(tmp_path: Path) -> None:
     done = run("jobs.quickstart", "jobs/configs/quickstart/digits.yaml", "keep=true", storage=tmp_path)
     try:
