@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import ray.serve
@@ -27,22 +26,29 @@ from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
-from serve.schemas import ModelArgs, Refused, Served, Told, Wanted
+from serve.schemas import LATE, ModelArgs, Refused, Served, Told, Wanted
+
+_LATE = Refused(LATE, "nobody waits for this image any more")
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """One image that waits for a batch."""
+    """One image that waits for a batch; until when, in seconds since 1970."""
 
     sample: Sample
     select: Selection
+    until_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Inferred:
-    """One image's place in a batch that was computed; times in seconds of the monotonic clock."""
+    """One image's place in a batch that was computed; times in seconds of the monotonic clock.
 
-    answer: Answer
+    Attributes:
+        answer: an error where the model fails on this image; None where nobody waited for it any more.
+    """
+
+    answer: Answer | Exception | None
     began_s: float
     ended_s: float
 
@@ -76,11 +82,15 @@ class Replica:
         loop = asyncio.get_running_loop()
         start_s = time.perf_counter()
         try:
-            sample = await loop.run_in_executor(self.decoders, self._sample, data, wanted.pixels)
+            sample = await loop.run_in_executor(self.decoders, self._sample, data, wanted)
         except ImageError as error:
             return Refused(error.reason, str(error))
         decoded_s = time.perf_counter()
-        done: _Inferred = await self.join(_Waiting(sample, self._select(wanted)))
+        done: _Inferred = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))
+        if done.answer is None:
+            return _LATE
+        if isinstance(done.answer, Exception):
+            raise done.answer
         best, boxes, picture = _best(done.answer, wanted), None, None
         if isinstance(best, Detections):
             boxes = tuple(map(tuple, best.boxes_xyxy.tolist()))
@@ -96,9 +106,11 @@ class Replica:
             infer_ms=_ms(done.began_s, done.ended_s),
         )
 
-    def _sample(self, data: bytes, pixels: bool) -> Sample:
+    def _sample(self, data: bytes, wanted: Wanted) -> Sample:
         policy = self.predictor.card.decoding
-        if pixels:
+        if time.time() > wanted.until_s:
+            raise ImageError(LATE, _LATE.message)
+        if wanted.pixels:
             policy = policy.model_copy(update={"formats": ("NPY",)})
         return self.predictor.decode(data, decoding=policy)
 
@@ -120,10 +132,21 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, waiting)
 
     def _compute(self, waiting: list[_Waiting]) -> list[_Inferred]:
-        began_s = time.perf_counter()
-        batch, selects = to_batch([one.sample for one in waiting]), [one.select for one in waiting]
-        answers = self.predictor.predict_batch(batch, selects)
-        return list(map(partial(_Inferred, began_s=began_s, ended_s=time.perf_counter()), answers))
+        began_s, now_s = time.perf_counter(), time.time()
+        due = [one for one in waiting if one.until_s >= now_s]
+        found = dict(zip(map(id, due), self._answers(due), strict=True))
+        ended_s = time.perf_counter()
+        return [_Inferred(found.get(id(one)), began_s, ended_s) for one in waiting]
+
+    def _answers(self, due: Sequence[_Waiting]) -> list[Answer | Exception]:
+        """Each image's answer; where the model fails on one of several, its neighbours are answered without it."""
+        if not due:
+            return []
+        batch, selects = to_batch([one.sample for one in due]), [one.select for one in due]
+        try:
+            return list(self.predictor.predict_batch(batch, selects))
+        except Exception as error:
+            return [error] if len(due) == 1 else [answer for one in due for answer in self._answers([one])]
 
 
 def _best(answer: Answer, wanted: Wanted) -> Answer:

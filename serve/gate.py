@@ -162,9 +162,11 @@ class Gate:
             Problem: it does not say it, or not in time.
         """
         tally, began = self.tally(served), time.monotonic()
+        patience_s = min(self.limits.answer_s, within_s or self.limits.answer_s)
         try:
-            async with asyncio.timeout(min(self.limits.answer_s, within_s or self.limits.answer_s)):
-                answers = await self._ask.predict(served, images, wanted)
+            async with asyncio.timeout(patience_s):
+                until_s = time.time() + patience_s
+                answers = await self._ask.predict(served, images, replace(wanted, until_s=until_s))
         except Exception as error:
             tally.note_failure(1000 * (time.monotonic() - began))
             raise problems.of_exception(error) from error

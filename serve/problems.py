@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.exceptions import HTTPException
 
-from serve.schemas import Refused
+from serve.schemas import LATE, Refused
 
 RETRY_AFTER = {"Retry-After": "1"}
 MAX_ECHO = 80
@@ -48,7 +48,9 @@ class Problem(Exception):  # noqa: N818  (it is an answer, not a failure)
 
 
 def of_image(refused: Refused, where: str = "") -> Problem:
-    """The refusal of bytes that are not an image."""
+    """The refusal of a request about an image that a replica has no answer about."""
+    if refused.reason == LATE:
+        return late()
     return Problem(_IMAGE_STATUS.get(refused.reason, 422), f"image_{refused.reason}", where + refused.message)
 
 
@@ -61,9 +63,14 @@ def of_exception(error: Exception) -> Problem:
     if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
         return Problem(503, "unavailable", "The model's replica went away; try again.", RETRY_AFTER)
     if isinstance(error, TimeoutError):
-        return Problem(504, "timeout", "The model did not answer in time; try again.")
+        return late()
     _log.exception("unforeseen error", exc_info=error)
     return Problem(500, "internal", "The server failed on this request; its log tells more under this request_id.")
+
+
+def late() -> Problem:
+    """The refusal of a request whose time is over."""
+    return Problem(504, "timeout", "The model did not answer in time; try again.")
 
 
 def overloaded() -> Problem:

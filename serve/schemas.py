@@ -5,7 +5,8 @@ Every amount has a bound. What the answers look like when something is wrong is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +17,8 @@ from pipeline.types import Task
 
 MIB = 2**20
 Box = tuple[float, float, float, float]
+LATE = "late"
+"""The reason of an image whose client does not wait any more."""
 
 
 class Batching(Strict):
@@ -218,6 +221,8 @@ class Wanted:
         score_threshold, iou_threshold, max_detections: of a detector; None: the overlap that its model suppresses from.
         picture: whether the image is wanted back with its boxes drawn.
         pixels: whether the images are NumPy files of uint8 [H, W, 3] instead of encoded.
+        until_s: when nobody waits for an answer any more, in seconds since 1970; by then an image that is not computed
+            yet never is. Clocks of nodes are taken to agree.
     """
 
     top_k: int = 5
@@ -226,6 +231,7 @@ class Wanted:
     max_detections: int = 100
     picture: bool = False
     pixels: bool = False
+    until_s: float = field(default=math.inf, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +255,11 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A replica's answer about bytes that are not an image it accepts; `reason` as in `ImageError`."""
+    """A replica's answer about an image that it has no answer about.
+
+    Attributes:
+        reason: as in `ImageError`, for bytes that are not an image it accepts; or `LATE`.
+    """
 
     reason: str
     message: str
