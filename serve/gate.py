@@ -166,7 +166,7 @@ class Gate:
         try:
             async with asyncio.timeout(patience_s):
                 until_s = time.time() + patience_s
-                answers = await self._ask.predict(served, images, replace(wanted, until_s=until_s))
+                answers = await self._asked(served, images, replace(wanted, until_s=until_s))
         except Exception as error:
             tally.note_failure(1000 * (time.monotonic() - began))
             raise problems.of_exception(error) from error
@@ -175,6 +175,13 @@ class Gate:
         if standing and standing.live == served and standing.copies(key):
             self._shadow(standing.challenger, images, wanted, answers)
         return answers
+
+    async def _asked(self, served: Served, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
+        """Ask, and once more where the replica goes away meanwhile: asking changes nothing."""
+        try:
+            return await self._ask.predict(served, images, wanted)
+        except problems.GONE:
+            return await self._ask.predict(served, images, wanted)
 
     async def waiting_for(self) -> list[str]:
         """Names of the models that are not loaded."""

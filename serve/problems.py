@@ -26,6 +26,8 @@ MAX_ECHO = 80
 """Characters of a client's own text that an answer may repeat."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _IMAGE_STATUS = {"empty": 400, "format": 415}  # every other reason is 422: an image's type, but not an image
+GONE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+"""What a request gets to see of a replica that goes away while it is asked."""
 _log = logging.getLogger("ray.serve")
 
 
@@ -60,7 +62,7 @@ def of_exception(error: Exception) -> Problem:
         return error
     if isinstance(error, BackPressureError):
         return overloaded()
-    if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
+    if isinstance(error, GONE):
         return Problem(503, "unavailable", "The model's replica went away; try again.", RETRY_AFTER)
     if isinstance(error, TimeoutError):
         return late()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 import requests
 
 
 class Load:
-    """So many clients; `statuses` collects what they were answered, `versions` by which versions of the model."""
+    """So many clients; what they were answered, by which version, and how long it took, is collected."""
 
     def __init__(self, url: str, data: bytes, num_clients: int) -> None:
         self.url = url
@@ -17,17 +18,21 @@ class Load:
         self.statuses: list[int] = []
         self.versions: list[str] = []
         self.errors: list[str] = []
+        self.seconds: list[float] = []
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask) for _ in range(num_clients)]
 
     def _ask(self) -> None:
         with requests.Session() as session:
             while not self._stop.is_set():
+                began_s = time.monotonic()
                 try:
                     response = session.post(self.url, data=self.data, timeout=30)
                 except requests.RequestException as error:
                     self.errors.append(f"{type(error).__name__}: {error}")
                     continue
+                finally:
+                    self.seconds.append(time.monotonic() - began_s)
                 self.statuses.append(response.status_code)
                 if response.ok:
                     self.versions.append(response.json()["model"]["version"])

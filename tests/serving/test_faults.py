@@ -1,0 +1,137 @@
+"""Processes that die under load: every request gets an answer, and what is served comes back by itself."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import requests
+
+from jobs import _stack
+from jobs._deploy import deploy, replicas
+from jobs._process import Service, _members, stop
+from pipeline.tracking import registry, runs
+from tests.serving.load import Load
+from tests.serving.test_aliases import make, wait_for
+
+pytestmark = pytest.mark.slow
+
+SOON_S = 120.0
+LATEST_S = 40.0
+"""No answer may take longer: the limit of the application is 30 s."""
+
+
+def process(head: Service, name: str) -> psutil.Process:
+    """The replica whose process Ray calls so: `ServeReplica:<application>:<deployment>`."""
+    deadline = time.monotonic() + SOON_S
+    while time.monotonic() < deadline:
+        for one in _members(head):
+            if one.is_running() and one.cmdline()[:1] and one.cmdline()[0].startswith(f"ray::ServeReplica:{name}"):
+                return one
+        time.sleep(0.2)
+    raise AssertionError(f"no replica of {name}")
+
+
+def until(what: Callable[[], bool], timeout_s: float = SOON_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def url(ray_head: Service, app_config: Callable[..., dict[str, Any]]) -> str:
+    scaling = {"min_replicas": 2, "max_replicas": 2}
+    return deploy(ray_head, app_config(autoscaling=scaling, num_cpus=0.25))
+
+
+def test_a_replica_that_is_killed_costs_no_request(url: str, ray_head: Service, picture: Callable[..., bytes]) -> None:
+    until(lambda: replicas(ray_head, "tiny") == 2)
+    with Load(f"{url}/predict/tiny", picture(), num_clients=4) as load:
+        until(lambda: len(load.statuses) > 20)
+        process(ray_head, "ventral.tiny").kill()
+        seen = len(load.statuses)
+        until(lambda: len(load.statuses) > seen + 50)
+        until(lambda: replicas(ray_head, "tiny") == 2)
+    load.expect_no_failure()
+    assert max(load.seconds) < LATEST_S
+
+
+def test_an_ingress_that_is_killed_comes_back_and_nobody_hangs(
+    url: str, ray_head: Service, picture: Callable[..., bytes]
+) -> None:
+    with Load(f"{url}/predict/tiny", picture(), num_clients=4) as load:
+        until(lambda: len(load.statuses) > 20)
+        process(ray_head, "ventral:ingress").kill()
+        until(lambda: any(status != 200 for status in load.statuses) or bool(load.errors), 60)
+        until(lambda: load.statuses[-20:] == [200] * 20)
+    assert set(load.statuses) <= {200, 500, 502, 503, 504}
+    assert max(load.seconds) < LATEST_S
+
+
+def test_a_reconciler_that_is_killed_costs_nothing(url: str, ray_head: Service, picture: Callable[..., bytes]) -> None:
+    before = {one.pid for one in _members(ray_head) if "ServeReplica:ventral.tiny" in " ".join(one.cmdline())}
+    old = process(ray_head, "ventral:reconciler")
+    with Load(f"{url}/predict/tiny", picture(), num_clients=2) as load:
+        old.kill()
+        until(lambda: not old.is_running())
+        until(lambda: process(ray_head, "ventral:reconciler").pid != old.pid)
+        seen = len(load.statuses)
+        until(lambda: len(load.statuses) > seen + 50)
+    load.expect_no_failure()
+    after = {one.pid for one in _members(ray_head) if "ServeReplica:ventral.tiny" in " ".join(one.cmdline())}
+    assert after == before  # what was loaded has been found again
+
+
+@pytest.fixture
+def own_mlflow(tmp_path: Path) -> Iterator[Service]:
+    server = _stack.mlflow_server(tmp_path / "mlflow", timeout_s=300)
+    yield server
+    stop(server)
+
+
+def test_without_the_registry_what_was_served_last_is_served(
+    ray_head: Service,
+    app_config: Callable[..., dict[str, Any]],
+    own_mlflow: Service,
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+) -> None:
+    uri = own_mlflow.address
+    with runs.start(uri, runs.Config(experiment="away"), params={}, tags={}) as run:
+        registry.publish(run, make(tmp_path / "made", 1, picture), "away")
+    registry.promote(uri, "away", "1")
+    config = app_config(name="away", bundle=None)
+    config["applications"][0]["args"] |= {"registry": uri, "poll_s": 0.5, "cache": str(tmp_path / "cache")}
+    url = deploy(ray_head, config)
+    stop(own_mlflow)
+    found = wait_for(url, lambda found: "champion" in found["troubles"])
+    assert "no MLflow server answers" in found["troubles"]["champion"]
+    process(ray_head, "ventral:reconciler").kill()
+    again = deploy(ray_head, config)  # which builds the application anew, from what was written down
+    answer = requests.post(f"{again}/predict/away", data=picture(), timeout=60)
+    assert answer.json()["model"] == {"name": "away", "version": "1", "alias": "champion"}
+
+
+def test_a_client_that_goes_away_is_not_computed_for(
+    ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
+) -> None:
+    """Its batch waits long enough for it to leave; the replica then has fewer images to compute than were sent."""
+    url = deploy(ray_head, app_config(batch={"max_size": 64, "wait_ms": 1000.0}))
+    at, data = urlsplit(url), picture()
+    head = f"POST /predict/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    leaving = [socket.create_connection((str(at.hostname), int(at.port or 0)), 10) for _ in range(5)]
+    for client in leaving:
+        client.sendall(head + data)
+    time.sleep(0.3)  # they have arrived
+    for client in leaving:
+        client.close()
+    assert requests.post(f"{url}/predict/tiny", data=data, timeout=30).status_code == 200
+    (stats,) = requests.get(f"{url}/v2/models/tiny/stats", timeout=30).json()["model_stats"]
+    assert stats["inference_count"] == 1
