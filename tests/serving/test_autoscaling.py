@@ -48,3 +48,19 @@ def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
     load.expect_no_failure()
     assert wait_for(ray_head, 1, DOWN_S)
     assert requests.post(f"{url}/predict/tiny", data=picture(), timeout=30).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_model_that_sleeps_is_woken_by_its_next_request_and_sleeps_again(
+    ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
+) -> None:
+    scaling = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1.0, "look_back_s": 2.0}
+    url = deploy(ray_head, app_config(autoscaling=scaling))
+    for _ in range(2):
+        assert wait_for(ray_head, 0, DOWN_S)
+        assert requests.get(f"{url}/readyz", timeout=10).status_code == 200  # it would answer
+        with Load(f"{url}/predict/tiny", picture(), num_clients=2) as load:
+            assert wait_for(ray_head, 1, UP_S)
+            while len(load.statuses) < 2:
+                time.sleep(0.1)
+        load.expect_no_failure()
