@@ -155,4 +155,11 @@ def _result(told: Told) -> Result:
 
 
 def _model_out(model: Served) -> ModelOut:
-    return ModelOut(name=model.name, version=model.version, alias=model.alias)
+    return ModelOut(
+        name=model.name,
+        version=model.version,
+        alias=model.alias,
+        task=model.task,
+        num_classes=model.num_classes,
+        run_url=model.run_url,
+    )

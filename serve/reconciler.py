@@ -30,7 +30,7 @@ def reconcile(args: AppArgs) -> list[Served]:
 def _local(model: ModelArgs) -> Served:
     assert model.bundle is not None
     found = bundle.load(model.bundle.resolve())
-    return _served(model, found.card.weights_sha256[:12], None, found)
+    return _served(model, found.card.weights_sha256[:12], None, found, None)
 
 
 def _registered(model: ModelArgs, args: AppArgs) -> Served:
@@ -44,8 +44,8 @@ def _registered(model: ModelArgs, args: AppArgs) -> Served:
         )
     version = registry.resolve(uri, f"{model.name}@{model.alias}")
     found = registry.fetch(uri, version, args.cache.resolve())
-    return _served(model, version.version, model.alias, found)
+    return _served(model, version.version, model.alias, found, registry.run_url(uri, version))
 
 
-def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle) -> Served:
-    return Served(model.name, version, alias, found.path, len(found.card.classes), found.card.task)
+def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle, run_url: str | None) -> Served:
+    return Served(model.name, version, alias, found.path, len(found.card.classes), found.card.task, run_url)

@@ -147,6 +147,7 @@ class Served:
         version: the registered version, or the beginning of the weights' checksum for a bundle from a folder.
         alias: what it was resolved from; None for a bundle from a folder.
         bundle: its folder.
+        run_url: MLflow's page of the run that made it; None for a bundle from a folder, or where MLflow does not tell.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Served:
     bundle: Path
     num_classes: int
     task: Task = "classification"
+    run_url: str | None = None
 
 
 class Asked(BaseModel):
@@ -215,11 +217,14 @@ class Refused:
 
 
 class ModelOut(BaseModel):
-    """Which model answered."""
+    """Which model answered; `run_url` is the page of the run that made it, which may be out of a client's reach."""
 
     name: str
     version: str
     alias: str | None
+    task: Task
+    num_classes: int
+    run_url: str | None
 
 
 class Prediction(BaseModel):

@@ -45,6 +45,12 @@ def post(url: str, session: requests.Session) -> Callable[..., requests.Response
     return send
 
 
+def told_of(tiny: Bundle) -> dict[str, Any]:
+    """What the endpoint says of a model from a folder."""
+    version, no_run = tiny.card.weights_sha256[:12], {"alias": None, "run_url": None}
+    return {"name": "tiny", "version": version, "task": "classification", "num_classes": 10} | no_run
+
+
 def expect_problem(response: requests.Response, status: int, code: str) -> str:
     """Check that it is a well-formed refusal, and return its sentence."""
     assert response.status_code == status, response.text
@@ -65,7 +71,7 @@ def test_predict_of_a_picture_answers_as_the_predictor(post: Any, picture: Any, 
     assert [row["label"] for row in body["predictions"]] == expected.labels[:5].tolist()
     assert [row["score"] for row in body["predictions"]] == pytest.approx(expected.scores[:5].tolist(), abs=1e-6)
     assert [row["class_name"] for row in body["predictions"]] == [f"class {n}" for n in expected.labels[:5]]
-    assert body["model"] == {"name": "tiny", "version": tiny.card.weights_sha256[:12], "alias": None}
+    assert body["model"] == told_of(tiny)
     assert set(body["timing_ms"]) == {"decode", "queue", "infer"}
     assert min(body["timing_ms"].values()) >= 0
 
@@ -187,7 +193,7 @@ def test_health_readiness_and_models_answer(url: str, tiny: Bundle) -> None:
     ready = requests.get(f"{url}/readyz", timeout=10)
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "waiting_for": []})
     listed = requests.get(f"{url}/models", timeout=10).json()
-    assert listed == {"models": [{"name": "tiny", "version": tiny.card.weights_sha256[:12], "alias": None}]}
+    assert listed == {"models": [told_of(tiny)]}
 
 
 def test_head_with_serve_running_listens_on_loopback_only(url: str, ray_head: Service) -> None:

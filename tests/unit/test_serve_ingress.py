@@ -22,7 +22,8 @@ def test_predict_joins_the_body_and_names_the_version_that_answered() -> None:
     status, body, _ = asyncio.run(client.post("/predict/digits?top_k=2", [b"ab", b"", b"c"]))
     assert status == 200
     assert client.models.asked == [("digits", (b"abc",), Wanted(top_k=2))]
-    assert body["model"] == {"name": "digits", "version": "3", "alias": "champion"}
+    facts = {"task": "classification", "num_classes": 10, "run_url": "http://mlflow/#/experiments/1/runs/a"}
+    assert body["model"] == {"name": "digits", "version": "3", "alias": "champion"} | facts
     assert body["predictions"][1] == {"label": 1, "class_name": "1", "score": 0.1}
     assert body["timing_ms"] == {"decode": 1.0, "queue": 2.0, "infer": 3.0}
 
