@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from serve import bodies, invocations, oip, problems
+from serve import bodies, invocations, oip, pages, problems
 from serve.gate import Ask, Gate, told_of, wanted_of
 from serve.problems import Problem, ProblemOut
 from serve.schemas import (
@@ -54,6 +54,7 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     app.post(versions, response_model=Answer | Answers, openapi_extra=body)(ingress.predict_version)
     oip.install(app, gate)
     invocations.install(app, gate)
+    pages.install(app)
     return app
 
 
