@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help install quickstart up down test test-slow test-long test-quick chaos lint types format lock clean
+.PHONY: help install quickstart up down test test-slow test-long test-quick test-page chaos lint types format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test-quick: install  ## the tests that need no Ray and no server
 
 chaos: install  ## kills at random moments on 50,000 files; long
 	$(BIN)/pytest tests/chaos
+
+test-page: install  ## the page for people in a real Chromium, which the system has to bring
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra page
+	$(BIN)/pytest tests/page
 
 lint: install  ## style, spelling, import rules
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from serve import bodies, invocations, oip, problems
+from serve import bodies, invocations, oip, pages, problems
 from serve.gate import Gate, told_of, wanted_of
 from serve.problems import Problem, ProblemOut
 from serve.roster import Standing
@@ -30,6 +30,7 @@ from serve.schemas import (
     Served,
     Timing,
     Told,
+    VersionOut,
 )
 
 PICTURE = "image/png"
@@ -52,6 +53,7 @@ def application(gate: Gate, **options: Any) -> FastAPI:
     app.post(versions, response_model=Answer | Answers, openapi_extra=body)(ingress.predict_version)
     oip.install(app, gate)
     invocations.install(app, gate)
+    pages.install(app)
     return app
 
 
@@ -109,8 +111,7 @@ class Ingress:
             name=standing.name,
             version=live and live.version,
             alias=live and live.alias,
-            task=live and live.task,
-            versions=[served.version for served in standing.versions],
+            versions=list(map(_version_out, standing.versions)),
             challenger=self._challenger(standing),
             troubles=dict(standing.troubles),
         )
@@ -159,3 +160,9 @@ def _result(told: Told) -> Result:
 
 def _model_out(model: Served) -> ModelOut:
     return ModelOut(name=model.name, version=model.version, alias=model.alias)
+
+
+def _version_out(served: Served) -> VersionOut:
+    return VersionOut(
+        **dict(_model_out(served)), task=served.task, num_classes=served.num_classes, run_url=served.run_url
+    )

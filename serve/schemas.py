@@ -188,6 +188,7 @@ class Served:
         weights: the beginning of the weights' checksum.
         app: the application of Ray Serve whose replicas hold it; "" before it is loaded.
         sleeps: whether it may have no replica until it is asked.
+        run_url: MLflow's page of the run that made it; None for a bundle from a folder, or where MLflow does not tell.
     """
 
     name: str
@@ -199,6 +200,7 @@ class Served:
     weights: str = ""
     app: str = ""
     sleeps: bool = False
+    run_url: str | None = None
 
 
 class Asked(BaseModel):
@@ -273,6 +275,14 @@ class ModelOut(BaseModel):
     alias: str | None
 
 
+class VersionOut(ModelOut):
+    """A version that can be asked; `run_url` is the page of the run that made it, maybe out of a client's reach."""
+
+    task: Task
+    num_classes: int
+    run_url: str | None
+
+
 class Prediction(BaseModel):
     """One class; `score` is in [0, 1]."""
 
@@ -345,8 +355,7 @@ class ModelState(BaseModel):
     name: str
     version: str | None
     alias: str | None
-    task: Task | None
-    versions: list[str]
+    versions: list[VersionOut]
     challenger: ChallengerState | None
     troubles: dict[str, str]
 

@@ -32,7 +32,7 @@ class Versions:
     def __init__(self, args: AppArgs) -> None:
         self._uri = args.registry or os.environ.get(REGISTRY)
         self._cache = args.cache.resolve()
-        self._checked: dict[Any, Bundle] = {}
+        self._checked: dict[Any, tuple[Bundle, str | None]] = {}
 
     def settle(self, model: ModelArgs, alias: str) -> Served:
         """What an alias of a model, or the model's folder, means now, its bundle on disk and its checksums right.
@@ -104,8 +104,9 @@ class Versions:
 
         version = replace(version, aliases=())  # which change without it
         if version not in self._checked:  # weights are hundreds of megabytes: looking at them once is enough
-            self._checked[version] = registry.fetch(self._uri or "", version, self._cache)
-        return _served(model, version.version, alias, self._checked[version])
+            found = registry.fetch(self._uri or "", version, self._cache)
+            self._checked[version] = found, registry.run_url(self._uri or "", version)
+        return _served(model, version.version, alias, *self._checked[version])
 
 
 def settle_all(args: AppArgs) -> list[Served]:
@@ -125,7 +126,7 @@ def _is_refused(error: TrackingError) -> bool:
     return isinstance(error, RefusedError)
 
 
-def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle) -> Served:
+def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle, run_url: str | None = None) -> Served:
     return Served(
         name=model.name,
         version=version,
@@ -135,4 +136,5 @@ def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle) ->
         task=found.card.task,
         weights=found.card.weights_sha256[:12],
         sleeps=model.autoscaling.min_replicas == 0,
+        run_url=run_url,
     )

@@ -14,7 +14,7 @@ from serve.roster import Roster, Standing
 from serve.schemas import Limits, Refused, Served, Told, Wanted
 
 SERVED = (
-    Served("digits", "3", "champion", Path("/nowhere"), 10),
+    Served("digits", "3", "champion", Path("/nowhere"), 10, run_url="http://mlflow/#/experiments/1/runs/a"),
     Served("flowers", "1", None, Path("/nowhere"), 3),
     Served("boxes", "1", None, Path("/nowhere"), 3, "detection"),
 )

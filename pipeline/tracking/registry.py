@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow.artifacts
 import mlflow.pyfunc
@@ -35,7 +36,7 @@ from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
-from pipeline.tracking import connection, journal
+from pipeline.tracking import connection, journal, runs
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
 from pipeline.types import Task
@@ -232,6 +233,18 @@ def fetch(uri: str, version: Version, destination: Path) -> Bundle:
         downloaded = _download(uri, version, Path(partial))
         _replace(path, downloaded, version.digest)
     return bundle.load(path)
+
+
+def run_url(uri: str, version: Version) -> str | None:
+    """The page of the run that made a version, for a person; None where MLflow does not tell of such a run.
+
+    A name and a password in the server's address are left out, for the link is shown to others.
+    """
+    try:
+        parts = urlsplit(runs.attach(uri, version.run_id).url)
+    except TrackingError:
+        return None
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,18 @@ def test_settle_all_of_an_alias_settles_its_version_until_it_is_asked_again(
         registry.promote(uri, "reconciled", version.version)
         (served,) = versions.settle_all(wanted)
         assert (served.name, served.version, served.alias) == ("reconciled", version.version, "champion")
-        assert served.num_classes == 3
+        assert (served.num_classes, served.run_url) == (3, run.url)
         assert bundle.load(served.bundle).card == bundle.load(tmp_path / str(seed)).card
         assert served.bundle.is_relative_to(tmp_path / "cache")
+
+
+def test_link_to_a_run_gives_no_password_away_and_none_is_made_up(mlflow_server: Service, tmp_path: Path) -> None:
+    uri = mlflow_server.address
+    with runs.start(uri, runs.Config(experiment="reconciler"), params={}, tags={}) as run:
+        version = registry.publish(run, make_bundle(tmp_path / "made", 5), "linked")
+    assert registry.run_url(uri.replace("//", "//me:secret@"), version) == run.url
+    assert registry.run_url(uri, replace(version, run_id="0" * 32)) is None
+    assert registry.run_url(uri, replace(version, run_id="")) is None
 
 
 def test_settle_all_of_an_unknown_model_says_which_are_known(mlflow_server: Service, tmp_path: Path) -> None:
@@ -57,7 +67,8 @@ def test_settle_all_without_a_registry_says_how_to_name_one(monkeypatch: pytest.
 def test_settle_all_of_a_folder_needs_no_registry_and_takes_the_weights_checksum_for_a_version(tmp_path: Path) -> None:
     made = make_bundle(tmp_path / "made", 3)
     (served,) = versions.settle_all(args({"name": "local", "bundle": str(made.path)}))
-    assert (served.version, served.alias, served.bundle) == (made.card.weights_sha256[:12], None, made.path)
+    assert (served.version, served.alias, served.run_url) == (made.card.weights_sha256[:12], None, None)
+    assert served.bundle == made.path
 
 
 def test_settle_all_of_a_damaged_folder_deploys_nothing(tmp_path: Path) -> None:

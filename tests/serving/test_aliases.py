@@ -77,6 +77,10 @@ def wait_for(url: str, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]
     return found
 
 
+def numbers(found: dict[str, Any]) -> list[str]:
+    return [one["version"] for one in found["versions"]]
+
+
 def test_an_alias_that_moves_is_followed_without_a_failed_request_and_back_again_at_once(
     url: str, published: str, picture: Callable[..., bytes]
 ) -> None:
@@ -86,10 +90,10 @@ def test_an_alias_that_moves_is_followed_without_a_failed_request_and_back_again
         registry.promote(published, NAME, "3")  # which answers its golden images wrongly
         found = wait_for(url, lambda found: "champion" in found["troubles"])
         assert "golden image 0.image: class" in found["troubles"]["champion"]
-        assert (found["version"], found["versions"]) == ("2", ["2", "1"])
+        assert (found["version"], numbers(found)) == ("2", ["2", "1"])
         registry.promote(published, NAME, "1")
         found = wait_for(url, lambda found: found["version"] == "1")
-        assert (found["troubles"], found["versions"]) == ({}, ["1", "2"])
+        assert (found["troubles"], numbers(found)) == ({}, ["1", "2"])
     load.expect_no_failure()
     assert set(load.versions) == {"1", "2"}
     for version in ("1", "2"):

@@ -96,7 +96,7 @@ def test_models_show_versions_and_how_often_the_challenger_agrees() -> None:
 
     _, body, _ = asyncio.run(scenario())
     (model,) = body["models"]
-    assert model["versions"] == ["3", "4", "2"]
+    assert [one["version"] for one in model["versions"]] == ["3", "4", "2"]
     assert model["challenger"] == {
         "version": "4",
         "alias": "challenger",
