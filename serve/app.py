@@ -57,7 +57,7 @@ def _bind_ingress(args: AppArgs, served: list[Served], handles: Mapping[str, Any
         max_surge_percent=100,
         max_constructor_retry_count=START_ATTEMPTS,
     )
-    return deployment(ray.serve.ingress()(Endpoint)).bind(served, args.limits, dict(handles))
+    return deployment(ray.serve.ingress()(Endpoint)).bind(served, args.limits, dict(handles), args.log_requests)
 
 
 def _autoscaling(args: Autoscaling, batch_size: int) -> AutoscalingConfig:

@@ -17,8 +17,10 @@ from pydantic import ValidationError
 
 from pipeline.config import nearest
 from serve import problems
+from serve.metrics import IN_HAND, SERVED, STARTED, Reading
 from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
+from serve.seen import seen
 
 READY_S = 2.0
 _MOST_KEYS = 20  # of so many one is unknown in any case
@@ -86,6 +88,7 @@ class Gate:
         self.tallies: Mapping[str, Tally] = {name: Tally() for name in self.served}
         self._ask = ask
         self._inflight = 0
+        self._began_s = time.time()
 
     def find(self, address: str, version: str | None = None) -> Served:
         """The model of a path `name` or `name@alias`, and perhaps a version.
@@ -101,6 +104,7 @@ class Gate:
             wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
             here = f"version {found.version}" + (f" ({found.alias})" if found.alias else "")
             raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {here} is.")
+        seen().model = found
         return found
 
     @contextmanager
@@ -140,7 +144,14 @@ class Gate:
             tally.note_failure(1000 * (time.monotonic() - began))
             raise problems.of_exception(error) from error
         tally.note(answers, 1000 * (time.monotonic() - began))
+        seen().model, seen().answers = model, answers
         return answers
+
+    def readings(self) -> list[Reading]:
+        """The gauges of an ingress process."""
+        models = list(self.served.values())
+        served: list[Reading] = [(SERVED, 1, (model.name, model.version, model.alias or "")) for model in models]
+        return [(IN_HAND, self._inflight, ()), (STARTED, self._began_s, ("ingress",)), *served]
 
     async def waiting_for(self) -> list[str]:
         """Names of the models that are not loaded."""

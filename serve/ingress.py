@@ -13,8 +13,9 @@ from typing import Annotated, Any, cast
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from serve import bodies, invocations, oip, problems
+from serve import bodies, invocations, oip, problems, scrape
 from serve.gate import Ask, Gate, told_of, wanted_of
+from serve.metrics import RayMeter
 from serve.problems import Problem, ProblemOut
 from serve.schemas import (
     Answer,
@@ -32,19 +33,22 @@ from serve.schemas import (
     Told,
     Wanted,
 )
+from serve.watching import UNWATCHED, Watch, Watched
 
 PICTURE = "image/png"
 
 
-def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
+def application(served: Sequence[Served], limits: Limits, ask: Ask, watch: Watch = UNWATCHED) -> FastAPI:
     """The endpoint's ASGI application."""
     gate = Gate(served, limits, ask)
+    watch.meter.watch(gate.readings)
     ingress = Ingress(gate)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ProblemOut} for status in (400, 404, 408, 413, 415, 422, 429, 503, 504)
     }
     app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals)
     problems.install(app)
+    app.add_middleware(Watched, watch=watch)
     app.get("/healthz", response_class=PlainTextResponse)(ingress.healthz)
     app.get("/readyz")(ingress.readyz)
     app.get("/models")(ingress.models)
@@ -60,14 +64,17 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
 class Endpoint:
     """The ingress deployment: the application over Ray's handles."""
 
-    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any]) -> None:
+    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any], log: bool) -> None:
         self.served = served
         self.limits = limits
         self.handles = handles
+        self.log = log
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, made where it runs."""
-        return application(self.served, self.limits, self)
+        app = application(self.served, self.limits, self, Watch(RayMeter(), self.log, under_ray=True))
+        scrape.install(app)
+        return app
 
     async def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
         """Ask a replica of the model."""

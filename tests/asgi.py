@@ -10,6 +10,7 @@ from typing import Any
 
 from serve.ingress import application
 from serve.schemas import Limits, Refused, Served, Told, Wanted
+from serve.watching import UNWATCHED, Watch
 
 SERVED = (
     Served("digits", "3", "champion", Path("/nowhere"), 10),
@@ -49,10 +50,14 @@ class Client:
     """Speaks ASGI to the application."""
 
     def __init__(
-        self, answer: Told | Refused | Exception | float, served: tuple[Served, ...] = SERVED, **limits: Any
+        self,
+        answer: Told | Refused | Exception | float,
+        served: tuple[Served, ...] = SERVED,
+        watch: Watch = UNWATCHED,
+        **limits: Any,
     ) -> None:
         self.models = Answering(answer)
-        self.app = application(served, Limits(**limits), self.models)
+        self.app = application(served, Limits(**limits), self.models, watch)
 
     async def post(
         self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None
