@@ -46,5 +46,4 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
         max_surge_percent=100,  # an old replica answers until its successor does
         max_constructor_retry_count=START_ATTEMPTS,
     )
-    names = [model.name for model in wanted.models]
-    return ingress(ray.serve.ingress()(Endpoint)).bind(names, wanted.limits, minder(Minder).bind(wanted))
+    return ingress(ray.serve.ingress()(Endpoint)).bind(wanted, minder(Minder).bind(wanted))

@@ -26,6 +26,7 @@ from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
+from serve.metrics import Load, RayMeter
 from serve.schemas import LATE, ModelArgs, Refused, Served, Told, Wanted
 
 _LATE = Refused(LATE, "nobody waits for this image any more")
@@ -63,6 +64,7 @@ class Replica:
         self.engine = ThreadPoolExecutor(1, "infer")
         join = ray.serve.batch(max_batch_size=args.batch.max_size, batch_wait_timeout_s=args.batch.wait_ms / 1000)
         self.join = join(self._infer)
+        self.load = Load(RayMeter(), served)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
 
@@ -86,7 +88,8 @@ class Replica:
         except ImageError as error:
             return Refused(error.reason, str(error))
         decoded_s = time.perf_counter()
-        done: _Inferred = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))
+        with self.load.image():
+            done: _Inferred = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))
         if done.answer is None:
             return _LATE
         if isinstance(done.answer, Exception):
@@ -129,7 +132,8 @@ class Replica:
         return imaging.encode_png(self.predictor.drawn(data, found))
 
     async def _infer(self, waiting: list[_Waiting]) -> list[_Inferred]:
-        return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, waiting)
+        with self.load.batch(len(waiting)):
+            return await asyncio.get_running_loop().run_in_executor(self.engine, self._compute, waiting)
 
     def _compute(self, waiting: list[_Waiting]) -> list[_Inferred]:
         began_s, now_s = time.perf_counter(), time.time()

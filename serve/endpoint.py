@@ -11,17 +11,20 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, cast
 
 import ray.serve
 from fastapi import FastAPI
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from serve import scrape
 from serve.gate import Gate
 from serve.ingress import application
+from serve.metrics import RayMeter
 from serve.roster import Roster, Standing
-from serve.schemas import AppArgs, Limits, Refused, Served, Told, Wanted
+from serve.schemas import AppArgs, Refused, Served, Told, Wanted
+from serve.watching import Watch
 
 FIRST_NEWS_S = 60.0
 """An endpoint that is started waits so long for its first roster before it takes requests."""
@@ -55,15 +58,19 @@ class Minder:
 class Endpoint:
     """The ingress deployment: the application over Ray's handles."""
 
-    def __init__(self, names: Sequence[str], limits: Limits, minder: Any) -> None:
-        self.gate = Gate(Roster({name: Standing(name) for name in names}), limits, self)
+    def __init__(self, args: AppArgs, minder: Any) -> None:
+        self.gate = Gate(Roster({model.name: Standing(model.name) for model in args.models}), args.limits, self)
+        self._args = args
         self._minder = minder
         self._handles: Mapping[str, Any] = {}
         self._has_news = asyncio.Event()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, made where it runs."""
-        return application(self.gate, lifespan=self._following)
+        watch = Watch(RayMeter(), self._args.log_requests, under_ray=True)
+        app = application(self.gate, watch, lifespan=self._following)
+        scrape.install(app)
+        return app
 
     async def predict(self, served: Served, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
         """Ask a replica of the version."""

@@ -18,9 +18,11 @@ from pydantic import ValidationError
 
 from pipeline.config import nearest
 from serve import agreement, problems
+from serve.metrics import IN_HAND, SERVED, STARTED, Reading
 from serve.problems import MAX_ECHO, Problem
 from serve.roster import Roster, Standing
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
+from serve.seen import seen
 
 READY_S = 2.0
 _MOST_KEYS = 20  # of so many one is unknown in any case
@@ -94,6 +96,7 @@ class Gate:
         self.roster = roster
         self.limits = limits
         self._ask = ask
+        self._began_s = time.time()
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._inflight = 0
         self._shadowed = 0
@@ -123,10 +126,10 @@ class Gate:
         standing = self.standings[name]
         if standing.live is None:
             raise problems.loading(name)
-        if version is None and not alias:
-            return standing.pick(key) or standing.live
-        for served in standing.versions:
+        picked = (standing.pick(key) or standing.live,) if version is None and not alias else standing.versions
+        for served in picked:
             if version in {None, served.version} and alias in {"", served.alias}:
+                seen().model = served
                 return served
         wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
         raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {_here(standing)}.")
@@ -171,6 +174,7 @@ class Gate:
             tally.note_failure(1000 * (time.monotonic() - began))
             raise problems.of_exception(error) from error
         tally.note(answers, 1000 * (time.monotonic() - began))
+        seen().model, seen().answers = served, answers
         standing = self.standings.get(served.name)
         if standing and standing.live == served and standing.copies(key):
             self._shadow(standing.challenger, images, wanted, answers)
@@ -199,6 +203,12 @@ class Gate:
                 return await self._ask.ready(served)
         except Exception as error:
             return problems.of_exception(error).code == "overloaded"  # too busy to say so is ready enough
+
+    def readings(self) -> list[Reading]:
+        """The gauges of an ingress process."""
+        versions = self.roster.versions
+        served: list[Reading] = [(SERVED, 1, (one.name, one.version, one.alias or "")) for one in versions]
+        return [(IN_HAND, self._inflight, ()), (STARTED, self._began_s, ("ingress",)), *served]
 
     def _shadow(
         self, served: Served | None, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]

@@ -32,17 +32,20 @@ from serve.schemas import (
     Told,
     VersionOut,
 )
+from serve.watching import UNWATCHED, Watch, Watched
 
 PICTURE = "image/png"
 
 
-def application(gate: Gate, **options: Any) -> FastAPI:
+def application(gate: Gate, watch: Watch = UNWATCHED, **options: Any) -> FastAPI:
     """The endpoint's ASGI application; `options` go to FastAPI."""
     ingress = Ingress(gate)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ProblemOut} for status in (400, 404, 408, 413, 415, 422, 429, 503, 504)
     }
     app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals, **options)
+    watch.meter.watch(gate.readings)
+    app.add_middleware(Watched, watch=watch)
     problems.install(app)
     app.get("/healthz", response_class=PlainTextResponse)(ingress.healthz)
     app.get("/readyz")(ingress.readyz)

@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from starlette.exceptions import HTTPException
 
 from serve.schemas import LATE, Refused
+from serve.seen import seen
 
 RETRY_AFTER = {"Retry-After": "1"}
 MAX_ECHO = 80
@@ -87,12 +88,12 @@ def loading(name: str) -> Problem:
 
 def request_id(request: Request) -> str:
     """The request's id: the client's `x-request-id` or Ray's; a new one for text that is no id."""
-    given = request.headers.get("x-request-id", "")
-    if _ID.fullmatch(given):
-        return given
-    if not hasattr(request.state, "request_id"):  # the same whenever it is asked for
-        request.state.request_id = uuid.uuid4().hex
-    return str(request.state.request_id)
+    return valid_id(request.headers.get("x-request-id", "")) or uuid.uuid4().hex
+
+
+def valid_id(given: str) -> str | None:
+    """What a client gave as its request's id, if it can be one."""
+    return given if _ID.fullmatch(given) else None
 
 
 def install(app: FastAPI) -> None:
@@ -104,7 +105,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_any(request: Request, error: Exception) -> JSONResponse:
-    return _respond(request, of_exception(error))
+    return respond(request, of_exception(error))
 
 
 async def _on_http(request: Request, error: Any) -> JSONResponse:
@@ -115,15 +116,17 @@ async def _on_http(request: Request, error: Any) -> JSONResponse:
         problem = Problem(405, "method", f"{path} does not answer {method}.", dict(error.headers or {}))
     else:
         problem = Problem(error.status_code, "http", str(error.detail))
-    return _respond(request, problem)
+    return respond(request, problem)
 
 
 async def _on_invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return _respond(request, Problem(422, "query", f"{where}: {first['msg']}, got {first.get('input')!r}."))
+    return respond(request, Problem(422, "query", f"{where}: {first['msg']}, got {first.get('input')!r}."))
 
 
-def _respond(request: Request, problem: Problem) -> JSONResponse:
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The answer that says the problem."""
+    seen().code = problem.code
     body = ProblemOut(error=str(problem), code=problem.code, request_id=request_id(request))
     return JSONResponse(body.model_dump(), problem.status, problem.headers)

@@ -148,6 +148,7 @@ class AppArgs(Strict):
         cache: where registered bundles are kept; every node must see this folder.
         ingress_replicas: processes that speak HTTP.
         ingress_cpus: CPUs that each of them reserves.
+        log_requests: whether a line about every request is logged, see `serve.watching`.
     """
 
     models: tuple[ModelArgs, ...]
@@ -157,6 +158,7 @@ class AppArgs(Strict):
     limits: Limits = Limits()
     ingress_replicas: int = Field(default=1, ge=1)
     ingress_cpus: float = Field(default=0.5, ge=0)
+    log_requests: bool = False
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:

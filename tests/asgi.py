@@ -12,6 +12,7 @@ from serve.gate import Gate
 from serve.ingress import application
 from serve.roster import Roster, Standing
 from serve.schemas import Limits, Refused, Served, Told, Wanted
+from serve.watching import UNWATCHED, Watch
 
 SERVED = (
     Served("digits", "3", "champion", Path("/nowhere"), 10, run_url="http://mlflow/#/experiments/1/runs/a"),
@@ -57,12 +58,13 @@ class Client:
         answer: Told | Refused | Exception | float,
         served: tuple[Served, ...] = SERVED,
         standings: tuple[Standing, ...] = (),
+        watch: Watch = UNWATCHED,
         **limits: Any,
     ) -> None:
         self.models = Answering(answer)
         found = standings or tuple(Standing(one.name, one) for one in served)
         self.gate = Gate(Roster.of(found), Limits(**limits), self.models)
-        self.app = application(self.gate)
+        self.app = application(self.gate, watch)
 
     async def post(
         self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None

@@ -7,6 +7,7 @@ import json
 import re
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 from jobs._deploy import deploy
 from jobs._process import LOOPBACK, Service, _members
@@ -221,3 +223,25 @@ def test_deploy_of_a_wrong_configuration_fails_with_its_sentence(
     with pytest.raises(ClusterError, match=r"application 'wrong' did not come up: .*max_sise: unknown key"):
         deploy(ray_head, wrong)
     assert requests.get(f"{url}/healthz", timeout=10).text == "ok"
+
+
+def test_metrics_show_every_request_once_ray_has_reported_them(
+    url: str, post: Any, picture: Any, session: requests.Session
+) -> None:
+    count = 7
+
+    def counted() -> float:
+        answer = session.get(f"{url}/metrics", timeout=30)
+        assert answer.status_code == 200, answer.text
+        found = {family.name: family.samples for family in text_string_to_metric_families(answer.text)}
+        wanted = {"model": "tiny", "route": "/invocations", "status": "2xx", "code": "ok"}
+        samples = [one for one in found.get("ray_ventral_requests", []) if wanted.items() <= one.labels.items()]
+        return float(sum(one.value for one in samples))
+
+    before = counted()
+    for seed in range(count):
+        assert post(picture(seed), "/invocations").headers["x-model-version"]
+    deadline = time.monotonic() + 60  # a report is due every 2 s
+    while counted() < before + count and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert counted() == before + count
