@@ -12,9 +12,10 @@ import ray.serve
 from ray.serve.config import AutoscalingConfig
 
 from pipeline import config
-from serve import reconciler
+from serve import keys, reconciler
 from serve.deployments import Replica
 from serve.ingress import Endpoint
+from serve.keys import Access
 from serve.schemas import AppArgs, Autoscaling, ModelArgs, Served
 
 INGRESS = "ingress"
@@ -25,14 +26,15 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     """The graph for `AppArgs`, every model's version settled and its bundle on disk.
 
     Raises:
-        ConfigError: the arguments are not `AppArgs`.
+        ConfigError: the arguments are not `AppArgs`, the keys are damaged, or others could ask without any.
         TrackingError: the registry does not answer or has no such model.
         BundleError: a bundle is damaged.
     """
     wanted = config.parse(AppArgs, args, "serve.app args")
+    access = keys.settle(wanted)
     served = reconciler.reconcile(wanted)
     handles = {model.name: _bind(model, found) for model, found in zip(wanted.models, served, strict=True)}
-    return _bind_ingress(wanted, served, handles)
+    return _bind_ingress(wanted, served, handles, access)
 
 
 def _bind(args: ModelArgs, served: Served) -> ray.serve.Application:
@@ -48,7 +50,9 @@ def _bind(args: ModelArgs, served: Served) -> ray.serve.Application:
     return deployment(Replica).bind(served, args)
 
 
-def _bind_ingress(args: AppArgs, served: list[Served], handles: Mapping[str, Any]) -> ray.serve.Application:
+def _bind_ingress(
+    args: AppArgs, served: list[Served], handles: Mapping[str, Any], access: Access
+) -> ray.serve.Application:
     deployment = ray.serve.deployment(
         name=INGRESS,
         num_replicas=args.ingress_replicas,
@@ -57,7 +61,7 @@ def _bind_ingress(args: AppArgs, served: list[Served], handles: Mapping[str, Any
         max_surge_percent=100,
         max_constructor_retry_count=START_ATTEMPTS,
     )
-    return deployment(ray.serve.ingress()(Endpoint)).bind(served, args.limits, dict(handles))
+    return deployment(ray.serve.ingress()(Endpoint)).bind(served, args.limits, dict(handles), access)
 
 
 def _autoscaling(args: Autoscaling, batch_size: int) -> AutoscalingConfig:

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from serve import bodies, invocations, oip, problems
 from serve.gate import Ask, Gate, told_of, wanted_of
+from serve.keys import Access, Guard, Ring
 from serve.problems import Problem, ProblemOut
 from serve.schemas import (
     Answer,
@@ -36,12 +37,12 @@ from serve.schemas import (
 PICTURE = "image/png"
 
 
-def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
-    """The endpoint's ASGI application."""
+def application(served: Sequence[Served], limits: Limits, ask: Ask, ring: Ring | None = None) -> FastAPI:
+    """The endpoint's ASGI application; with a ring of keys it asks for them."""
     gate = Gate(served, limits, ask)
     ingress = Ingress(gate)
     refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": ProblemOut} for status in (400, 404, 408, 413, 415, 422, 429, 503, 504)
+        status: {"model": ProblemOut} for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
     }
     app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals)
     problems.install(app)
@@ -54,20 +55,23 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     app.post(versions, response_model=Answer | Answers, openapi_extra=body)(ingress.predict_version)
     oip.install(app, gate)
     invocations.install(app, gate)
+    if ring is not None:
+        app.add_middleware(Guard, ring=ring)
     return app
 
 
 class Endpoint:
     """The ingress deployment: the application over Ray's handles."""
 
-    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any]) -> None:
+    def __init__(self, served: Sequence[Served], limits: Limits, handles: Mapping[str, Any], access: Access) -> None:
         self.served = served
         self.limits = limits
         self.handles = handles
+        self.ring = access.ring()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, made where it runs."""
-        return application(self.served, self.limits, self)
+        return application(self.served, self.limits, self, self.ring)
 
     async def predict(self, name: str, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
         """Ask a replica of the model."""

@@ -86,7 +86,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_any(request: Request, error: Exception) -> JSONResponse:
-    return _respond(request, of_exception(error))
+    return respond(request, of_exception(error))
 
 
 async def _on_http(request: Request, error: Any) -> JSONResponse:
@@ -97,15 +97,16 @@ async def _on_http(request: Request, error: Any) -> JSONResponse:
         problem = Problem(405, "method", f"{path} does not answer {method}.", dict(error.headers or {}))
     else:
         problem = Problem(error.status_code, "http", str(error.detail))
-    return _respond(request, problem)
+    return respond(request, problem)
 
 
 async def _on_invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return _respond(request, Problem(422, "query", f"{where}: {first['msg']}, got {first.get('input')!r}."))
+    return respond(request, Problem(422, "query", f"{where}: {first['msg']}, got {first.get('input')!r}."))
 
 
-def _respond(request: Request, problem: Problem) -> JSONResponse:
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The answer that a problem is, on every path: the Open Inference Protocol asks for `error`, and allows more."""
     body = ProblemOut(error=str(problem), code=problem.code, request_id=request_id(request))
     return JSONResponse(body.model_dump(), problem.status, problem.headers)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.ingress import application
+from serve.keys import Ring
 from serve.schemas import Limits, Refused, Served, Told, Wanted
 
 SERVED = (
@@ -49,10 +50,14 @@ class Client:
     """Speaks ASGI to the application."""
 
     def __init__(
-        self, answer: Told | Refused | Exception | float, served: tuple[Served, ...] = SERVED, **limits: Any
+        self,
+        answer: Told | Refused | Exception | float,
+        served: tuple[Served, ...] = SERVED,
+        ring: Ring | None = None,
+        **limits: Any,
     ) -> None:
         self.models = Answering(answer)
-        self.app = application(served, Limits(**limits), self.models)
+        self.app = application(served, Limits(**limits), self.models, ring)
 
     async def post(
         self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None
@@ -60,10 +65,18 @@ class Client:
         return await self.send("POST", path, self._body(chunks, pause_s), headers or {})
 
     async def send(
-        self, method: str, path: str, body: AsyncIterator[dict[str, Any]], headers: dict[str, str]
+        self,
+        method: str,
+        path: str,
+        body: AsyncIterator[dict[str, Any]],
+        headers: dict[str, str] | list[tuple[bytes, bytes]],
     ) -> tuple[int, Any, dict[str, str]]:
         route, _, query = path.partition("?")
-        raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+        raw = (
+            [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+            if isinstance(headers, dict)
+            else headers
+        )
         scope = {"type": "http", "method": method, "path": route, "query_string": query.encode(), "headers": raw}
         sent: list[Any] = []
 
