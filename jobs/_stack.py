@@ -72,7 +72,7 @@ RAY_ATTEMPTS = 2
 HAPROXY = """#!/bin/sh
 # Ray renders two `bind` lines (statistics, metrics) for all interfaces and has no setting for them.
 for argument; do
-    case "$argument" in *.cfg) sed -i 's/^\\( *bind \\)\\**:/\\1127.0.0.1:/' "$argument" ;; esac
+    case "$argument" in *.cfg) sed -i 's/^\\( *bind \\)\\**:\\([0-9]\\)/\\1127.0.0.1:\\2/' "$argument" ;; esac
 done
 exec '{binary}' "$@"
 """

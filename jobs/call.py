@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from jobs._run import Job, run
 from pipeline.errors import DataError
@@ -23,6 +23,7 @@ class Call(Job):
         top_k: of a classifier, the classes that are printed.
         score_threshold, max_detections: of a detector, which objects are.
         images_per_request: how many are sent together.
+        key: of an endpoint that asks for one; the environment's VENTRAL_KEY shows in no list of processes.
     """
 
     url: str = "http://127.0.0.1:8000"
@@ -32,11 +33,12 @@ class Call(Job):
     score_threshold: float = Field(default=SCORE_THRESHOLD, ge=0, le=1)
     max_detections: int = Field(default=MAX_DETECTIONS, ge=1)
     images_per_request: int = Field(default=16, ge=1)
+    key: SecretStr | None = None
 
 
 def call(job: Call) -> None:
     """Ask, and print a line for each class or object."""
-    with Client(job.url) as client:
+    with Client(job.url, key=job.key.get_secret_value() if job.key else None) as client:
         lines = _objects if client.task(job.model.partition("/")[0]) == "detection" else _classes
         for at in range(0, len(job.images), job.images_per_request):
             paths = job.images[at : at + job.images_per_request]

@@ -11,7 +11,7 @@ from typing import Any
 import ray.serve
 
 from pipeline import config
-from serve import versions
+from serve import keys, versions
 from serve.endpoint import Endpoint, Minder
 from serve.schemas import AppArgs
 from serve.stage import START_ATTEMPTS
@@ -24,11 +24,12 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
     """The graph for `AppArgs`, after every model's version has been found and its bundle is on disk.
 
     Raises:
-        ConfigError: the arguments are not `AppArgs`.
+        ConfigError: the arguments are not `AppArgs`, the keys are damaged, or others could ask without any.
         TrackingError: the registry has no such model; or it does not answer, and no version is known from before.
         BundleError: a bundle is damaged.
     """
     wanted = config.parse(AppArgs, args, "serve.app args")
+    access = keys.settle(wanted)
     versions.settle_all(wanted)
     minder = ray.serve.deployment(
         name=RECONCILER,
@@ -46,4 +47,4 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
         max_surge_percent=100,  # an old replica answers until its successor does
         max_constructor_retry_count=START_ATTEMPTS,
     )
-    return ingress(ray.serve.ingress()(Endpoint)).bind(wanted, minder(Minder).bind(wanted))
+    return ingress(ray.serve.ingress()(Endpoint)).bind(wanted, access, minder(Minder).bind(wanted))

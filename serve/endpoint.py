@@ -21,6 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from serve import scrape
 from serve.gate import Gate
 from serve.ingress import application
+from serve.keys import Access
 from serve.metrics import RayMeter
 from serve.roster import Roster, Standing
 from serve.schemas import AppArgs, Refused, Served, Told, Wanted
@@ -58,7 +59,8 @@ class Minder:
 class Endpoint:
     """The ingress deployment: the application over Ray's handles."""
 
-    def __init__(self, args: AppArgs, minder: Any) -> None:
+    def __init__(self, args: AppArgs, access: Access, minder: Any) -> None:
+        self.ring = access.ring()
         self.gate = Gate(Roster({model.name: Standing(model.name) for model in args.models}), args.limits, self)
         self._args = args
         self._minder = minder
@@ -68,7 +70,7 @@ class Endpoint:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, made where it runs."""
         watch = Watch(RayMeter(), self._args.log_requests, under_ray=True)
-        app = application(self.gate, watch, lifespan=self._following)
+        app = application(self.gate, watch, self.ring, lifespan=self._following)
         scrape.install(app)
         return app
 

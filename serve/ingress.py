@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from serve import bodies, invocations, oip, pages, problems
 from serve.gate import Gate, told_of, wanted_of
+from serve.keys import Guard, Ring
 from serve.problems import Problem, ProblemOut
 from serve.roster import Standing
 from serve.schemas import (
@@ -37,15 +38,17 @@ from serve.watching import UNWATCHED, Watch, Watched
 PICTURE = "image/png"
 
 
-def application(gate: Gate, watch: Watch = UNWATCHED, **options: Any) -> FastAPI:
-    """The endpoint's ASGI application; `options` go to FastAPI."""
+def application(gate: Gate, watch: Watch = UNWATCHED, ring: Ring | None = None, **options: Any) -> FastAPI:
+    """The endpoint's ASGI application; with a ring of keys it asks for them. `options` go to FastAPI."""
     ingress = Ingress(gate)
     refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": ProblemOut} for status in (400, 404, 408, 413, 415, 422, 429, 503, 504)
+        status: {"model": ProblemOut} for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
     }
     app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals, **options)
     watch.meter.watch(gate.readings)
-    app.add_middleware(Watched, watch=watch)
+    if ring is not None:
+        app.add_middleware(Guard, ring=ring)
+    app.add_middleware(Watched, watch=watch)  # around the keys: refusals are counted too
     problems.install(app)
     app.get("/healthz", response_class=PlainTextResponse)(ingress.healthz)
     app.get("/readyz")(ingress.readyz)

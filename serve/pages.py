@@ -38,6 +38,11 @@ def install(app: FastAPI) -> None:
             app.add_route("/" if path.name == "index.html" else f"/page/{path.name}", page.answer, ["GET", "HEAD"])
 
 
+def is_page(route: str) -> bool:
+    """Whether a route is one of the page's, which anybody may see: the page asks for a key where one is needed."""
+    return route == "/" or route.startswith("/page/")
+
+
 class Page:
     """One file, read once."""
 

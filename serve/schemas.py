@@ -148,6 +148,9 @@ class AppArgs(Strict):
         cache: where registered bundles are kept; every node must see this folder.
         ingress_replicas: processes that speak HTTP.
         ingress_cpus: CPUs that each of them reserves.
+        keys: a key file, which every node with an ingress must see; None: the keys in the environment's VENTRAL_KEYS,
+            else anyone may ask, on loopback.
+        allow_anyone: anyone may ask on other addresses too, as behind a proxy that asks for keys itself.
         log_requests: whether a line about every request is logged, see `serve.watching`.
     """
 
@@ -158,7 +161,15 @@ class AppArgs(Strict):
     limits: Limits = Limits()
     ingress_replicas: int = Field(default=1, ge=1)
     ingress_cpus: float = Field(default=0.5, ge=0)
+    keys: Path | None = None
+    allow_anyone: bool = False
     log_requests: bool = False
+
+    @model_validator(mode="after")
+    def _keys_or_anyone(self) -> Self:
+        if self.keys is not None and self.allow_anyone:
+            raise ValueError("keys and allow_anyone: expected one of them, got both")
+        return self
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 
 from serve.gate import Gate
 from serve.ingress import application
+from serve.keys import Ring
 from serve.roster import Roster, Standing
 from serve.schemas import Limits, Refused, Served, Told, Wanted
 from serve.watching import UNWATCHED, Watch
@@ -59,12 +60,13 @@ class Client:
         served: tuple[Served, ...] = SERVED,
         standings: tuple[Standing, ...] = (),
         watch: Watch = UNWATCHED,
+        ring: Ring | None = None,
         **limits: Any,
     ) -> None:
         self.models = Answering(answer)
         found = standings or tuple(Standing(one.name, one) for one in served)
         self.gate = Gate(Roster.of(found), Limits(**limits), self.models)
-        self.app = application(self.gate, watch)
+        self.app = application(self.gate, watch, ring)
 
     async def post(
         self, path: str, chunks: list[bytes], pause_s: float = 0.0, headers: dict[str, str] | None = None
@@ -72,10 +74,18 @@ class Client:
         return await self.send("POST", path, self._body(chunks, pause_s), headers or {})
 
     async def send(
-        self, method: str, path: str, body: AsyncIterator[dict[str, Any]], headers: dict[str, str]
+        self,
+        method: str,
+        path: str,
+        body: AsyncIterator[dict[str, Any]],
+        headers: dict[str, str] | list[tuple[bytes, bytes]],
     ) -> tuple[int, Any, dict[str, str]]:
         route, _, query = path.partition("?")
-        raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+        raw = (
+            [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+            if isinstance(headers, dict)
+            else headers
+        )
         scope = {"type": "http", "method": method, "path": route, "query_string": query.encode(), "headers": raw}
         sent: list[Any] = []
 

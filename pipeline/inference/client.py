@@ -1,10 +1,12 @@
 """A typed client of the endpoint: encoded images in, ranked classes or boxes out. Needs neither torch nor Ray.
 
-`Client` waits for an answer, `AsyncClient` is the same for asyncio. Threads, or tasks, may share one.
+`Client` waits for an answer, `AsyncClient` is the same for asyncio. Threads, or tasks, may share one. An endpoint that
+asks for a key gets the argument `key`, else the environment's VENTRAL_KEY. Nothing is asked twice.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pipeline.types import Detections
 
 AnswerT = TypeVar("AnswerT")
 TIMEOUT_S = 60.0
+KEY = "VENTRAL_KEY"
 TOP_K = 5
 SCORE_THRESHOLD = 0.25
 MAX_DETECTIONS = 100
@@ -54,9 +57,9 @@ class Client:
     does not answer.
     """
 
-    def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, *, key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(timeout=timeout_s)
+        self._http = httpx.Client(timeout=timeout_s, headers=_headers(key))
 
     def predict(self, model: str, image: bytes, top_k: int = TOP_K) -> Ranked:
         """Ask a classifier about one encoded image; `model` may be `name@alias` or `name/versions/3`."""
@@ -117,9 +120,9 @@ class Client:
 class AsyncClient:
     """One endpoint, for asyncio; otherwise as `Client`."""
 
-    def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, *, key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.AsyncClient(timeout=timeout_s)
+        self._http = httpx.AsyncClient(timeout=timeout_s, headers=_headers(key))
 
     async def predict(self, model: str, image: bytes, top_k: int = TOP_K) -> Ranked:
         """Ask a classifier about one encoded image."""
@@ -203,6 +206,13 @@ def _detection(score_threshold: float, max_detections: int, iou_threshold: float
     return asked if iou_threshold is None else asked | {"iou_threshold": iou_threshold}
 
 
+def _headers(key: str | None) -> dict[str, str]:
+    key = os.environ.get(KEY, "") if key is None else key
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise DataError(f"key (or {KEY}): expected vk_..., as python -m jobs.keys add prints it, got other characters")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 @contextmanager
 def _failures(url: str) -> Iterator[None]:
     try:
@@ -228,11 +238,20 @@ def _read(url: str, response: httpx.Response, read: Callable[[dict[str, Any]], A
     if not response.is_success:
         kind = DataError if response.status_code < 500 else ClusterError
         reason = answer.get("error") or response.text[:200] or "no reason"
-        raise kind(f"{url}: {response.status_code}: {reason}")
+        raise kind(f"{url}: {response.status_code}: {reason}{_advice(response)}")
     try:
         return read(answer)
     except (KeyError, TypeError, ValueError):
         raise ClusterError(f"{url}: the answer is not one of Ventral's; check the address") from None
+
+
+def _advice(response: httpx.Response) -> str:
+    """What helps where it is not the images that are refused."""
+    if response.status_code == 401:
+        sent = "Authorization" in response.request.headers
+        return f" ({'another' if sent else 'a'} key goes into the argument 'key' or the environment's {KEY})"
+    wait_s = response.headers.get("Retry-After", "")
+    return f" (again after {wait_s} s)" if response.status_code == 429 and wait_s.isdigit() else ""
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:

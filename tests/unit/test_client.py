@@ -26,6 +26,8 @@ class Endpoint(ThreadingHTTPServer):
     status = 200
     body = json.dumps(GOOD).encode()
     asked: tuple[str, bytes] = ("", b"")
+    key: str | None = None
+    retry_after: str | None = None
 
     @property
     def url(self) -> str:
@@ -37,7 +39,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked = (self.path, self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.key = self.headers["Authorization"]
         self.send_response(self.server.status)
+        if self.server.retry_after:
+            self.send_header("Retry-After", self.server.retry_after)
         self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
         self.wfile.write(self.server.body)
@@ -133,6 +138,53 @@ def test_a_refusal_carries_the_status_and_the_endpoints_own_words(
     endpoint.status, endpoint.body = status, body
     with pytest.raises(kind, match=f"{endpoint.url}: {status}: .*no such thing"):
         Client(endpoint.url).predict("pets", b"image")
+
+
+def test_the_key_of_the_argument_or_else_of_the_environment_is_sent(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(key: str | None) -> None:
+        async with AsyncClient(endpoint.url, key=key) as client:
+            await client.predict("pets", b"image")
+
+    for environment, key, sent in (
+        (None, None, None),
+        ("b", None, "Bearer b"),
+        ("b", "a", "Bearer a"),
+        ("", None, None),
+    ):
+        monkeypatch.delenv("VENTRAL_KEY", raising=False)
+        if environment is not None:
+            monkeypatch.setenv("VENTRAL_KEY", environment)
+        Client(endpoint.url, key=key).predict("pets", b"image")
+        assert endpoint.key == sent
+        asyncio.run(ask(key))
+        assert endpoint.key == sent
+
+
+@pytest.mark.parametrize("key", ["vk_a\n", "vk a", "schl\u00fcssel", "a\r\nX-Other: 1"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(DataError, match="expected vk_") as caught:
+        Client("http://127.0.0.1:1", key=key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "key", "retry_after", "words"),
+    [
+        (401, "", None, r"401: no\. \(a key goes into the argument 'key' or the environment's VENTRAL_KEY\)$"),
+        (401, "vk_a", None, r"401: no\. \(another key goes into"),
+        (403, "vk_a", None, r"403: no\.$"),
+        (429, "vk_a", "7", r"429: no\. \(again after 7 s\)$"),
+        (429, "vk_a", None, r"429: no\.$"),
+    ],
+)
+def test_a_refusal_for_the_keys_sake_says_what_helps(
+    endpoint: Endpoint, status: int, key: str, retry_after: str | None, words: str
+) -> None:
+    endpoint.status, endpoint.body, endpoint.retry_after = status, b'{"error": "no."}', retry_after
+    with pytest.raises(DataError, match=words):
+        Client(endpoint.url, key=key).predict("pets", b"image")
 
 
 @pytest.mark.parametrize("body", [b"hello", b"{}", b'{"predictions": 3}', b'{"predictions": [], "model": "pets"}'])
