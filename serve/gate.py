@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pipeline.config import nearest
-from serve import problems
+from serve import bodies, problems
 from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
 
@@ -95,7 +95,9 @@ class Gate:
         """
         name, _, alias = address.partition("@")
         if name not in self.served:
-            raise Problem(404, "unknown_model", f"no model is called '{name}'; {nearest(name, list(self.served))}")
+            raise Problem(
+                404, "unknown_model", f"no model is called '{name[:MAX_ECHO]}'; {nearest(name, list(self.served))}"
+            )
         found = self.served[name]
         if (alias and alias != found.alias) or version not in {None, found.version}:
             wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
@@ -130,8 +132,10 @@ class Gate:
             within_s: time that the client gives, if it is less than the limit.
 
         Raises:
-            Problem: it does not say it, or not in time.
+            Problem: the images have too many pixels, or it does not say it, or not in time.
         """
+        if len(images) > 1:  # of one alone the model's own limit holds
+            await asyncio.to_thread(bodies.check_pixels, images, self.limits)
         tally, began = self.tallies[model.name], time.monotonic()
         try:
             async with asyncio.timeout(min(self.limits.answer_s, within_s or self.limits.answer_s)):

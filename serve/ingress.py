@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from serve import bodies, invocations, oip, problems
+from serve import bodies, docs, invocations, oip, openapi, problems
 from serve.gate import Ask, Gate, told_of, wanted_of
 from serve.problems import Problem, ProblemOut
 from serve.schemas import (
@@ -43,7 +43,7 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ProblemOut} for status in (400, 404, 408, 413, 415, 422, 429, 503, 504)
     }
-    app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals)
+    app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, redirect_slashes=False, responses=refusals)
     problems.install(app)
     app.get("/healthz", response_class=PlainTextResponse)(ingress.healthz)
     app.get("/readyz")(ingress.readyz)
@@ -54,6 +54,8 @@ def application(served: Sequence[Served], limits: Limits, ask: Ask) -> FastAPI:
     app.post(versions, response_model=Answer | Answers, openapi_extra=body)(ingress.predict_version)
     oip.install(app, gate)
     invocations.install(app, gate)
+    openapi.install(app, served)
+    docs.install(app)
     return app
 
 
