@@ -143,7 +143,7 @@ def _protocol(model: Served, known: Mapping[str, str]) -> dict[str, Example]:
     asked = {"id": "7", "inputs": [tensor], "outputs": [{"name": out["name"]}], "parameters": _keys(model)}
     answer = {"model_name": model.name, "model_version": model.version, "id": "7", "outputs": [out]}
     inputs = [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
-    spent = {"model_stats": [known | {"inference_count": 12, "execution_count": 9}]}
+    spent = {"model_stats": [{**known, "inference_count": 12, "execution_count": 9}]}
     loading = Example(refusal | {"request_id": _ID}, {})
     return {
         "/v2": Example({"name": "ventral", "version": "2", "extensions": ["binary_tensor_data"]}),

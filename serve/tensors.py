@@ -107,7 +107,7 @@ def _rounded(name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     low, high = float(array.min()), float(array.max())  # NaN where one is
     if not (low >= 0 and high <= 255):
         raise ValueError(f"inputs.{name}: expected pixel values 0 to 255, got {low:g} to {high:g}")
-    whole = np.rint(array)
+    whole: npt.NDArray[Any] = np.rint(array)
     if high <= 1 and (whole != array).any():
         raise ValueError(f"inputs.{name}: expected pixel values 0 to 255, got fractions of 0 to 1; multiply by 255")
     return whole.astype(np.uint8)

@@ -27,7 +27,7 @@ from serve.invocations import TARGET
 Header = tuple[str, str]
 JSON, FORM = ("content-type", "application/json"), ("content-type", "multipart/form-data; boundary=b")
 MODELS = ("tiny", "boxes")
-READS = (
+READS: tuple[str, ...] = (
     *(
         "/healthz",
         "/readyz",
@@ -42,7 +42,15 @@ READS = (
     ),
     *("/v2/health/ready", "/v2/models/stats", "/v2/models/tiny", "/v2/models/boxes/ready", "/v2/models/boxes/stats"),
 )
-QUERIES = ("", "", "top_k=1", "top_k=0", "top_k=99999999999999999999", "score_threshold=0.1", "iou_threshold=nan")
+QUERIES: tuple[str, ...] = (
+    "",
+    "",
+    "top_k=1",
+    "top_k=0",
+    "top_k=99999999999999999999",
+    "score_threshold=0.1",
+    "iou_threshold=nan",
+)
 QUERIES += (
     "max_detections=1000",
     "model=tiny",
@@ -54,7 +62,19 @@ QUERIES += (
     "=&&=;",
     "x" * 9000,
 )
-TOKENS = (b"NaN", b"-1", b"1e999", b'"\\ud800"', b"null", b"[" * 300, b'{"a":' * 300, b"9" * 5000, b"\0", b"\xff", b'"')
+TOKENS: tuple[bytes, ...] = (
+    b"NaN",
+    b"-1",
+    b"1e999",
+    b'"\\ud800"',
+    b"null",
+    b"[" * 300,
+    b'{"a":' * 300,
+    b"9" * 5000,
+    b"\0",
+    b"\xff",
+    b'"',
+)
 TOKENS += (
     b"--b\r\n",
     b"--b--\r\n",
@@ -67,7 +87,7 @@ TOKENS += (
     b"Exif\0\0",
     b"\x1f\x8b",
 )
-VALUES = (
+VALUES: tuple[str, ...] = (
     "",
     "0",
     "-1",
@@ -83,7 +103,16 @@ VALUES = (
 )
 VALUES += ("multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=b; charset=utf-16")
 VALUES += ("[", "\x80\xff", "a" * 9000, "1, 2", "application/json; charset=\x7f", "100-continue", "tiny", "boxes")
-NAMES = ("content-type", "content-encoding", "content-length", "accept", "host", "x-request-id", "expect", "cookie")
+NAMES: tuple[str, ...] = (
+    "content-type",
+    "content-encoding",
+    "content-length",
+    "accept",
+    "host",
+    "x-request-id",
+    "expect",
+    "cookie",
+)
 NAMES += (
     oip.HEADER.lower(),
     TARGET.lower(),
@@ -92,7 +121,7 @@ NAMES += (
     "range",
     "authorization",
 )
-PATHS = (
+PATHS: tuple[str, ...] = (
     "/",
     "//",
     "/predict/",
@@ -104,7 +133,7 @@ PATHS = (
     "/predict/\ud7ff",
 )
 PATHS += ("/predict/tiny@champion", "/predict/tiny/versions/1", "/v2/models/tiny/versions/0/infer", "/" + "x" * 9000)
-METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "FOO")
+METHODS: tuple[str, ...] = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "FOO")
 
 
 @dataclass(frozen=True)
@@ -254,9 +283,8 @@ def pictures() -> tuple[bytes, ...]:
 
 def _saved(image: Image.Image, mode: str, encoding: str, keys: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    image.convert("I").convert(mode).save(buffer, encoding, **keys) if mode == "I;16" else image.convert(mode).save(
-        buffer, encoding, **keys
-    )
+    grey = image.convert("I") if mode == "I;16" else image  # the only way there
+    grey.convert(mode).save(buffer, encoding, **keys)
     return buffer.getvalue()
 
 
