@@ -39,6 +39,7 @@ RAY_ENV = {
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # for a stopped job to end its run and clean up; 3 s by default
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",  # an hour by default, for a client that reads or sends nothing
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(80 * 2**20),  # 4 MiB by default; a body is 64 at most
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, while nobody else is calling
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # as above, for the node
@@ -69,10 +70,23 @@ SERVE_PORTS = (
 RAY_TOO_SLOW = "timed out during startup"  # Ray's own patience is 30 s: little on a busy machine
 RAY_ATTEMPTS = 2
 
+HAPROXY_RULES = """\
+    http-request del-header x-request-timeout-seconds
+    http-request del-header x-request-disconnect-disabled
+    http-request del-header serve_multiplexed_model_id
+    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^A-Za-z0-9._-] }
+"""
+"""For requests: headers that Ray answers with 500 where they are no text, and two of which would lift its limits."""
+
 HAPROXY = """#!/bin/sh
-# Ray renders two `bind` lines (statistics, metrics) for all interfaces and has no setting for them.
+# What Ray has no setting for: it renders two `bind` lines (statistics, metrics) for all interfaces, and lets the head
+# of a request take as long as it likes.
 for argument; do
-    case "$argument" in *.cfg) sed -i 's/^\\( *bind \\)\\**:\\([0-9]\\)/\\1127.0.0.1:\\2/' "$argument" ;; esac
+    case "$argument" in *.cfg)
+        sed -i 's/^\\( *bind \\)\\**:\\([0-9]\\)/\\1127.0.0.1:\\2/' "$argument"
+        grep -q 'timeout http-request' "$argument" || sed -i -e 's/^defaults$/&\\n    timeout http-request 10s/' \\
+            -e '/^frontend http_frontend$/r {rules}' "$argument"
+    esac
 done
 exec '{binary}' "$@"
 """
@@ -318,7 +332,9 @@ def _haproxy(scratch: Path) -> dict[str, str]:
     except ImportError:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     path = scratch / "haproxy.sh"
-    path.write_text(HAPROXY.format(binary=get_haproxy_binary()))
+    rules = scratch / "haproxy.rules"
+    rules.write_text(HAPROXY_RULES)
+    path.write_text(HAPROXY.format(binary=get_haproxy_binary(), rules=rules))
     path.chmod(0o700)
     return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(path)}
 

@@ -52,6 +52,7 @@ PILLOW: dict[Format, type[ImageFile.ImageFile]] = {
     "TIFF": TiffImageFile,
     "BMP": BmpImageFile,
 }
+_MAX_PARTS = 65_536  # segments or chunks, each of which is looked at; the pixels of a large PNG come in 8 KiB
 _MAX_SCANS = 200  # a progressive JPEG has about 10; each costs a pass over all pixels, however few its bytes
 _PNG_BANDS = {b"\0": 1, b"\4": 2, b"\6": 4}  # by colour type: grey, grey with alpha, RGBA; RGB and palettes have 3
 # TIFF 6.0 and its supplements: what describes samples. Everything else is metadata.
@@ -116,7 +117,7 @@ def _jpeg_header(raw: bytes) -> Header:
     at, orientation, parts = 2, 1, [(0, 2)]
     size: tuple[int, int, int] | None = None
     progressive = False
-    while True:
+    for _ in range(_MAX_PARTS):
         at = raw.index(b"\xff", at) + 1
         marker = raw[at]
         if marker in {0x00, 0x01, 0xFF} or 0xD0 <= marker <= 0xD8:  # padding, and markers without a length
@@ -134,6 +135,8 @@ def _jpeg_header(raw: bytes) -> Header:
         if marker in {0xE0, 0xEE} or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             parts.append((at - 1, end))
         at = end
+    else:
+        raise _too_many_parts("JPEG")
     if size is None:
         raise ImageError("corrupt", "The JPEG image has no frame header before its pixels.")
     if progressive and raw.count(b"\xff\xda", at) > _MAX_SCANS:
@@ -147,7 +150,9 @@ def _png_header(raw: bytes) -> Header:
     if first != b"IHDR":
         raise ImageError("corrupt", "The PNG image does not begin with an IHDR chunk.")
     at, orientation, parts = 8, 1, [(0, 8)]
-    while at + 12 <= len(raw):
+    for _ in range(_MAX_PARTS):
+        if at + 12 > len(raw):
+            break
         length, kind = struct.unpack_from(">I4s", raw, at)
         end = at + 12 + length
         if kind == b"eXIf":
@@ -157,6 +162,8 @@ def _png_header(raw: bytes) -> Header:
         if kind == b"IEND":
             break
         at = end
+    else:
+        raise _too_many_parts("PNG")
     return Header("PNG", height, width, orientation, tuple(parts), _PNG_BANDS.get(raw[25:26], 3))
 
 
@@ -177,12 +184,18 @@ def _webp_header(raw: bytes) -> Header:
 
 def _webp_orientation(raw: bytes) -> int:
     at = 12
-    while at + 8 <= len(raw):
+    for _ in range(_MAX_PARTS):
+        if at + 8 > len(raw):
+            return 1
         kind, length = struct.unpack_from("<4sI", raw, at)
         if kind == b"EXIF":
             return _orientation(raw[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
         at += 8 + length + length % 2
-    return 1
+    raise _too_many_parts("WEBP")
+
+
+def _too_many_parts(name: Format) -> ImageError:
+    return ImageError("corrupt", f"The {name} image has {_MAX_PARTS} parts or more, no encoder writes that.")
 
 
 def _gif_header(raw: bytes) -> Header:

@@ -10,25 +10,31 @@ import asyncio
 import base64
 import binascii
 import zlib
-from collections.abc import AsyncGenerator
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, NamedTuple, get_args
 
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from pipeline import imaging
+from pipeline.errors import ImageError
 from serve.problems import MAX_ECHO, Problem
 from serve.schemas import Limits
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # as zlib has them; HTTP's deflate is zlib's format
+MAX_JSON_PARTS = 400_000
+"""Lists, objects and keys: a picture of 640 x 480 pixels in nested lists has 308,000."""
+_MAX_DIGITS = 18  # of a length; Python refuses to read thousands of them
+_ANY = imaging.Decoding(formats=get_args(imaging.Format), max_pixels=89_000_000, max_side=65_535)
 _NO_IMAGE = "Expected an encoded image as the request's body, got no bytes at all."
 _SEVERAL = {
     "multipart/form-data": "Expected a file with an encoded image in each part, got no part, or an empty one.",
     "application/json": "Expected the base64 of an encoded image in each of images, got none.",
 }
 CONTENT = {
-    "image/*": {"schema": {"type": "string", "format": "binary"}},
+    **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/jpeg", "image/png", "image/webp")},
     "multipart/form-data": {
         "schema": {
             "type": "object",
@@ -86,7 +92,10 @@ async def read(request: Request, limits: Limits) -> bytes:
     Raises:
         Problem: it is too large, too slow, of an unknown encoding or damaged, or the client went away.
     """
-    if int(request.headers.get("content-length") or 0) > limits.max_body_bytes:
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise Problem(400, "content_length", "Content-Length: expected a number of bytes.")
+    if len(length) > _MAX_DIGITS or int(length) > limits.max_body_bytes:
         raise _too_large(limits)
     try:
         async with asyncio.timeout(limits.body_s):
@@ -161,7 +170,7 @@ async def _files(request: Request, body: bytes, limits: Limits) -> tuple[bytes, 
         form = await parser.parse()
         if not parser.has_ended:
             raise MultiPartException("It is cut short.")
-    except UnicodeError:
+    except ValueError:  # UnicodeError is one, and so is what a charset with a zero byte in its name gives
         raise Problem(
             400, "multipart", "The body's parts have names that are not in the charset it is said to be in."
         ) from None
@@ -176,12 +185,44 @@ async def _files(request: Request, body: bytes, limits: Limits) -> tuple[bytes, 
         await form.close()
 
 
+def check_json(body: bytes) -> None:
+    """Hold JSON against what may be taken of the process's time: lists and objects cost it far more than their bytes.
+
+    Raises:
+        Problem: it has too many.
+    """
+    if sum(body.count(sign) for sign in (b"[", b"{", b":")) > MAX_JSON_PARTS:
+        said = f"body: expected at most {MAX_JSON_PARTS} lists, objects and keys; send numbers in one flat list."
+        raise Problem(413, "json_size", said)
+
+
+def check_pixels(images: Sequence[bytes], limits: Limits) -> None:
+    """Add up what the headers say; what is no image is for the model to refuse.
+
+    Raises:
+        Problem: all together are too large.
+    """
+    count = sum(map(_pixels, images))
+    if count > limits.max_pixels:
+        said = f"The {len(images)} images have {count} pixels; the limit of a request is {limits.max_pixels}."
+        raise Problem(413, "too_many_pixels", said)
+
+
+def _pixels(image: bytes) -> int:
+    try:
+        height, width = imaging.probe(image, _ANY)
+    except ImageError:
+        return 0
+    return height * width
+
+
 def json_object(body: bytes) -> dict[str, Any]:
     """A JSON object, whose values are still to be looked at one by one: of many wrong ones only the first is told.
 
     Raises:
         Problem: it is none.
     """
+    check_json(body)
     try:
         said = from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pipeline.config import nearest
-from serve import agreement, problems
+from serve import agreement, bodies, problems
 from serve.metrics import IN_HAND, SERVED, STARTED, Reading
 from serve.problems import MAX_ECHO, Problem
 from serve.roster import Roster, Standing
@@ -122,7 +122,8 @@ class Gate:
         """
         name, _, alias = address.partition("@")
         if name not in self.standings:
-            raise Problem(404, "unknown_model", f"no model is called '{name}'; {nearest(name, list(self.standings))}")
+            known = nearest(name, list(self.standings))
+            raise Problem(404, "unknown_model", f"no model is called '{name[:MAX_ECHO]}'; {known}")
         standing = self.standings[name]
         if standing.live is None:
             raise problems.loading(name)
@@ -162,8 +163,10 @@ class Gate:
             key: of the request, by which it is drawn whether the challenger is asked too.
 
         Raises:
-            Problem: it does not say it, or not in time.
+            Problem: the images have too many pixels, or it does not say it, or not in time.
         """
+        if len(images) > 1:  # of one alone the model's own limit holds
+            await asyncio.to_thread(bodies.check_pixels, images, self.limits)
         tally, began = self.tally(served), time.monotonic()
         patience_s = min(self.limits.answer_s, within_s or self.limits.answer_s)
         try:

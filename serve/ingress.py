@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from serve import bodies, invocations, oip, pages, problems
+from serve import bodies, docs, invocations, oip, openapi, pages, problems
 from serve.gate import Gate, told_of, wanted_of
 from serve.keys import Guard, Ring
 from serve.problems import Problem, ProblemOut
@@ -44,7 +44,7 @@ def application(gate: Gate, watch: Watch = UNWATCHED, ring: Ring | None = None, 
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ProblemOut} for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
     }
-    app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, responses=refusals, **options)
+    app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, redirect_slashes=False, responses=refusals, **options)
     watch.meter.watch(gate.readings)
     if ring is not None:
         app.add_middleware(Guard, ring=ring)
@@ -60,6 +60,8 @@ def application(gate: Gate, watch: Watch = UNWATCHED, ring: Ring | None = None, 
     oip.install(app, gate)
     invocations.install(app, gate)
     pages.install(app)
+    openapi.install(app, gate)
+    docs.install(app)
     return app
 
 

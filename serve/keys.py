@@ -217,7 +217,7 @@ class Guard:
 
 def required(scope: Connection) -> Scope | None:
     """What a request needs; None: nothing."""
-    path = _route(scope) or _route({**scope, "path": _other_slash(scope["path"])})
+    path = _route(scope)
     if path in PUBLIC or pages.is_page(path):
         return None
     return "infer" if path in INFER else "admin"
@@ -239,11 +239,6 @@ def _route(scope: Mapping[str, Any]) -> str:
         if match is Match.PARTIAL:
             partly = partly or str(path)
     return partly
-
-
-def _other_slash(path: str) -> str:
-    """What the router redirects to, where it has no route."""
-    return path.rstrip("/") if path.endswith("/") else f"{path}/"
 
 
 def _taken(scope: Connection) -> list[bytes]:

@@ -3,7 +3,8 @@
 Spoken are health, metadata, inference with tensors in JSON or binary, a body that is an image alone
 (`Inference-Header-Content-Length: 0`), the classification extension, the index of the repository, and statistics.
 
-The input is `image`: BYTES [N], encoded images, or UINT8 [N, H, W, 3], their pixels. A classifier's outputs are
+The input is `image`: BYTES [N], encoded images, or their pixels, UINT8 or FP32 with values 0 to 255, [N, H, W, 3] or
+[N, 3, H, W] (the first where both fit; FP32 is rounded). A classifier's outputs are
 `probabilities` FP32 [N, C] and the best of them `top_k_indices` INT64, `top_k_labels` BYTES and `top_k_scores` FP32
 [N, k]; a detector's `num_detections` INT32 [N, 1], and padded with zeros to M, the most of an image,
 `detection_boxes` FP32 [N, M, 4] (x_min, y_min, x_max, y_max in pixels of the upright original), `detection_scores`
@@ -53,13 +54,17 @@ OUTPUTS: Mapping[str, Mapping[str, tuple[str, list[int]]]] = {
 _SEQUENCES = ("sequence_id", "sequence_start", "sequence_end")
 _NS = 1_000_000  # nanoseconds of a millisecond
 _LONGEST_US = 10**12
+_MOST_TENSORS = 16
+
+
+Side = Annotated[StrictInt, Field(le=tensors.MAX_ELEMENTS)]
 
 
 class InputIn(BaseModel):
     """One tensor of a request; unknown keys are for other servers."""
 
     name: str
-    shape: Annotated[list[StrictInt], FailFast()] = Field(max_length=8)
+    shape: Annotated[list[Side], FailFast()] = Field(max_length=8)
     datatype: str
     parameters: dict[str, Any] = {}
     data: Any = None
@@ -77,8 +82,8 @@ class InferIn(BaseModel):
 
     id: str | None = Field(default=None, max_length=256)
     parameters: dict[str, Any] = {}
-    inputs: Annotated[list[InputIn], FailFast()]
-    outputs: Annotated[list[OutputIn], FailFast()] = []
+    inputs: Annotated[list[InputIn], FailFast()] = Field(max_length=_MOST_TENSORS)
+    outputs: Annotated[list[OutputIn], FailFast()] = Field(default=[], max_length=_MOST_TENSORS)
 
 
 _TEXT = {"type": "string"}
@@ -220,9 +225,9 @@ class Oip:
             del body  # the images stay, as they are sent on
             parameters = asked.said.parameters
             if (version := parameters.get("model_version")) is not None:
-                found = gate.find(found.name, str(version) or None, key)
+                found = gate.find(found.name, _version(version), key)
             _check_outputs(asked.said.outputs, found)
-            pixels = asked.image.datatype == "UINT8"
+            pixels = asked.image.datatype != "BYTES"
             wanted = wanted_of(found, _asked(parameters), where="parameters", pixels=pixels)
             images = _encoded(asked.image)
             with gate.room(len(images) - 1):
@@ -275,6 +280,7 @@ def parse(body: bytes, header: str | None, limits: Limits) -> Inference:
         if header is not None and length == 0:
             image = InputIn(name=INPUT, shape=[1], datatype="BYTES")
             return Inference(InferIn(inputs=[image]), Tensor(INPUT, "BYTES", (1,), (body,)), True)
+        bodies.check_json(body[:length])
         said = InferIn.model_validate_json(body[:length])
         image = _only_image(said.inputs)
         tensor = _tensor(image, body[length:], limits)
@@ -303,8 +309,8 @@ def _only_image(inputs: Sequence[InputIn]) -> InputIn:
 def _tensor(image: InputIn, rest: bytes, limits: Limits) -> Tensor:
     datatype, shape = image.datatype, tuple(image.shape)
     is_encoded = datatype == "BYTES" and (len(shape) == 1 or shape[1:] == (1,))
-    if not is_encoded and not (datatype == "UINT8" and len(shape) == 4 and shape[3] == 3):
-        expected = "expected BYTES [N] or UINT8 [N, H, W, 3]"
+    if not is_encoded and not (datatype in {"UINT8", "FP32"} and len(shape) == 4 and 3 in {shape[1], shape[3]}):
+        expected = "expected BYTES [N], or UINT8 or FP32 as [N, H, W, 3] or [N, 3, H, W]"
         raise ValueError(f"inputs.{INPUT}: {expected}, got {datatype[:20]} {[*shape]}")
     if shape[0] > limits.most_images:
         raise bodies.too_many(shape[0], limits)
@@ -315,12 +321,19 @@ def _tensor(image: InputIn, rest: bytes, limits: Limits) -> Tensor:
         if rest:
             raise ValueError(f"expected no bytes behind the JSON, got {len(rest)}; say binary_data_size of {INPUT}")
         is_base64 = image.parameters.get("content_type", "base64") == "base64"
-        return tensors.from_json(INPUT, datatype, shape, image.data, base64_texts=is_base64)
+        return _pixels(tensors.from_json(INPUT, datatype, shape, image.data, base64_texts=is_base64))
     if image.data is not None:
         raise ValueError(f"inputs.{INPUT}: expected data or binary_data_size, got both")
     if size != len(rest) or isinstance(size, bool):
         raise ValueError(f"inputs.{INPUT}: binary_data_size: {len(rest)} bytes follow the JSON, got {str(size)[:20]}")
-    return tensors.from_binary(INPUT, datatype, shape, rest)
+    return _pixels(tensors.from_binary(INPUT, datatype, shape, rest))
+
+
+def _pixels(image: Tensor) -> Tensor:
+    if image.datatype == "BYTES":
+        return image
+    pixels = tensors.as_pixels(image)
+    return Tensor(image.name, "UINT8", pixels.shape, pixels)
 
 
 def _encoded(image: Tensor) -> tuple[bytes, ...]:
@@ -335,6 +348,11 @@ def _asked(parameters: Mapping[str, Any]) -> Asked:
     if wrong:
         raise Problem(400, "parameters", f"parameters.{wrong[0]}: the models have no state, leave it out.")
     return asked_of({key: parameters[key] for key in Asked.model_fields if key in parameters}, "parameters")
+
+
+def _version(version: Any) -> str | None:
+    """The version that is meant; what is none of these is never served, and may be too long to be written out."""
+    return str(version) or None if isinstance(version, str | int) else type(version).__name__
 
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:

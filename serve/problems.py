@@ -25,6 +25,7 @@ from serve.seen import seen
 RETRY_AFTER = {"Retry-After": "1"}
 MAX_ECHO = 80
 """Characters of a client's own text that an answer may repeat."""
+_MAX_SENTENCE = 500  # whatever else of a client's found its way into it
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _IMAGE_STATUS = {"empty": 400, "format": 415}  # every other reason is 422: an image's type, but not an image
 GONE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
@@ -109,7 +110,8 @@ async def _on_any(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_http(request: Request, error: Any) -> JSONResponse:
-    path, method = request.url.path, request.method
+    # Of the scope: `request.url` is made of the Host header too, which may be none.
+    path, method = request.scope["path"][:MAX_ECHO], request.method[:MAX_ECHO]
     if error.status_code == 404:
         problem = Problem(404, "not_found", f"There is nothing at {path}; see GET /models and POST /predict/<model>.")
     elif error.status_code == 405:
@@ -121,12 +123,16 @@ async def _on_http(request: Request, error: Any) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return respond(request, Problem(422, "query", f"{where}: {first['msg']}, got {first.get('input')!r}."))
+    where = ".".join(str(part) for part in first["loc"])[:MAX_ECHO]
+    got = str(first.get("input"))[:MAX_ECHO]
+    return respond(request, Problem(422, "query", f"{where}: {first['msg']}, got {got!r}."))
 
 
 def respond(request: Request, problem: Problem) -> JSONResponse:
     """The answer that says the problem."""
     seen().code = problem.code
-    body = ProblemOut(error=str(problem), code=problem.code, request_id=request_id(request))
+    said = str(problem)
+    if len(said) > _MAX_SENTENCE:
+        said = said[: _MAX_SENTENCE - 3] + "..."
+    body = ProblemOut(error=said, code=problem.code, request_id=request_id(request))
     return JSONResponse(body.model_dump(), problem.status, problem.headers)

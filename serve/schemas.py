@@ -119,6 +119,8 @@ class Limits(Strict):
     Attributes:
         max_body_bytes: size of a request's body, as it arrives and decompressed.
         max_images: in one request.
+        max_pixels: of all images of a request that brings several, by their headers; one alone may have what its
+            model's `decoding` allows.
         max_inflight: images in hand at once, a request whose body has not arrived counting as one; with
             `max_body_bytes` it bounds the memory that bodies take.
         body_s: time for the body to arrive.
@@ -128,6 +130,7 @@ class Limits(Strict):
 
     max_body_bytes: int = Field(default=10 * MIB, ge=1, le=64 * MIB)
     max_images: int = Field(default=32, ge=1, le=1024)
+    max_pixels: int = Field(default=100_000_000, ge=1)
     max_inflight: int = Field(default=256, ge=1)
     body_s: float = Field(default=10.0, gt=0)
     answer_s: float = Field(default=30.0, gt=0)

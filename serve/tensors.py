@@ -10,6 +10,7 @@ import base64
 import binascii
 import math
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def from_binary(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> T
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: Any, *, base64_texts: bool = True) -> Tensor:
-    """The tensor of a JSON array, nested or flat, of BYTES or UINT8.
+    """The tensor of a JSON array, nested or flat, of BYTES, UINT8 or FP32.
 
     Raises:
         ValueError: it does not fit datatype and shape.
@@ -82,10 +83,57 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: Any, *, base
     if datatype == "BYTES":
         elements = tuple(_bytes(name, at, one, base64_texts) for at, one in enumerate(flat))
         return Tensor(name, datatype, tuple(shape), elements)
-    for at, one in enumerate(flat):
-        if type(one) is not int or not 0 <= one <= 255:
-            raise ValueError(f"inputs.{name}.data: element {at}: expected 0 to 255, got {str(one)[:20]}")
-    return Tensor(name, datatype, tuple(shape), np.array(flat, np.uint8).reshape(shape))
+    return Tensor(name, datatype, tuple(shape), _numbers(name, datatype, flat).reshape(shape))
+
+
+def as_pixels(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """Pictures uint8 [N, H, W, 3] of [N, H, W, 3] or [N, 3, H, W] (of both, the first) with values 0 to 255.
+
+    FP32 is rounded to whole values. Values that are all in 0 to 1 with fractions among them were scaled for another
+    model, and would be black here.
+
+    Raises:
+        ValueError: the shape is another, or a value is no pixel's.
+    """
+    array = np.asarray(tensor.data)
+    if array.ndim != 4 or 3 not in (array.shape[3], array.shape[1]):
+        raise ValueError(f"inputs.{tensor.name}: expected [N, H, W, 3] or [N, 3, H, W], got {[*array.shape]}")
+    if array.shape[3] != 3:
+        array = array.transpose(0, 2, 3, 1)
+    return array if array.dtype == np.uint8 else _rounded(tensor.name, array)
+
+
+def _rounded(name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    low, high = float(array.min()), float(array.max())  # NaN where one is
+    if not (low >= 0 and high <= 255):
+        raise ValueError(f"inputs.{name}: expected pixel values 0 to 255, got {low:g} to {high:g}")
+    whole: npt.NDArray[Any] = np.rint(array)
+    if high <= 1 and (whole != array).any():
+        raise ValueError(f"inputs.{name}: expected pixel values 0 to 255, got fractions of 0 to 1; multiply by 255")
+    return whole.astype(np.uint8)
+
+
+def _numbers(name: str, datatype: str, flat: list[Any]) -> npt.NDArray[Any]:
+    """All at once: a loop over the millions that a body holds would take seconds from every other request."""
+    whole = datatype == "UINT8"
+    try:
+        if not {*map(type, flat)} <= ({int} if whole else {int, float}):
+            raise TypeError
+        if whole:
+            return np.frombuffer(bytes(flat), np.uint8)
+        with np.errstate(over="ignore"):  # infinite is what it then is
+            return np.array(flat, np.float64).astype(np.float32)
+    except (TypeError, ValueError, OverflowError):
+        at, one = next((at, one) for at, one in enumerate(flat) if not _is_number(one, whole))
+        expected = "0 to 255" if whole else "a number"
+        raise ValueError(f"inputs.{name}.data: element {at}: expected {expected}, got {str(one)[:20]}") from None
+
+
+def _is_number(one: Any, whole: bool) -> bool:
+    """Whether it is a byte, or one that a double holds."""
+    if whole:
+        return type(one) is int and 0 <= one <= 255
+    return type(one) is float or (type(one) is int and abs(one) <= sys.float_info.max)
 
 
 def to_binary(tensor: Tensor) -> bytes:

@@ -195,6 +195,22 @@ def test_decode_jpeg_with_a_thousand_scans_is_refused() -> None:
     assert reason_of(data[:-2] + data[last:-2] * 1000 + data[-2:]) == "corrupt"
 
 
+def test_decode_of_more_parts_than_an_encoder_writes_is_refused_by_its_header() -> None:
+    png, webp = saved(photo(), "PNG"), saved(photo(), "WEBP", exif=b"Exif\0\0" + bytes(20))
+    empty = struct.pack(">I4sI", 0, b"aaAa", zlib.crc32(b"aaAa"))
+    parts = 70_000
+    for data in (
+        png[:33] + empty * parts + png[33:],
+        b"\xff\xd8" + b"\xff\xe1\0\2" * parts + saved(photo(), "JPEG")[2:],
+        b"\xff\xd8" + b"\xff\0" * parts + saved(photo(), "JPEG")[2:],
+        webp[:4] + struct.pack("<I", len(webp) - 8 + 8 * parts) + webp[8:30] + (b"aaaa" + bytes(4)) * parts + webp[30:],
+    ):
+        with pytest.raises(ImageError, match="65536 parts or more") as caught:
+            probe(data)
+        assert caught.value.reason == "corrupt"
+    assert decode(png[:33] + empty * 60_000 + png[33:]).shape == (48, 64, 3)
+
+
 # Scaled decoding
 
 

@@ -103,7 +103,12 @@ def test_objects_are_padded_to_the_most_of_an_image() -> None:
         ({"inputs": [IMAGE | {"shape": [-1]}]}, b"", None, "sides of 1 and more"),
         ({"inputs": [IMAGE | {"shape": [2]}]}, b"", None, "expected 2 elements"),
         ({"inputs": [IMAGE | {"shape": [1, 3]}]}, b"", None, "BYTES [N]"),
-        ({"inputs": [IMAGE | {"shape": [1, 8, 8, 4], "datatype": "UINT8"}]}, b"", None, "UINT8 [N, H, W, 3]"),
+        (
+            {"inputs": [IMAGE | {"shape": [1, 8, 8, 4], "datatype": "UINT8"}]},
+            b"",
+            None,
+            "or UINT8 or FP32 as [N, H, W, 3]",
+        ),
         ({"inputs": [IMAGE | {"datatype": "FP32"}]}, b"", None, "got FP32"),
         ({"inputs": [IMAGE | {"data": ["&"]}]}, b"", None, "expected base64"),
         ({"inputs": [IMAGE | {"data": None}]}, b"", None, "got NoneType"),
