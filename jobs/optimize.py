@@ -53,7 +53,7 @@ def optimize(job: Optimize) -> None:
             print(f"nothing to write: {made.card.engine} is what it uses already")
             return
         name = f"{version.name}-{version.version}" if version else Path(job.model).resolve().name
-        written = found.write(job.store / "optimized" / f"{name}-{found.chosen.engine}", origin)
+        written = found.write(job.store / "optimized" / f"{name}-{found.chosen.engine}", origin if version else name)
         print(f"bundle   {written.path}")
         if version is not None:
             _register(job, uri, version, found, written)
