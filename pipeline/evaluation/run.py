@@ -83,7 +83,7 @@ def evaluate_classifier(
     num_tasks: int = 2,
 ) -> Evaluation:
     """The same for a classifier."""
-    _check(model, source, split)
+    check_fits(model, source, split)
     started = time.monotonic()
     work = _Work(model, source, split, batch_size, views)
     parts = _distribute(work, num_tasks, _classify)
@@ -110,7 +110,7 @@ def evaluate_detector(
 ) -> DetectionEvaluation:
     """The same for a detector."""
     check_proposals(model.card.model, proposals, source.address)
-    _check(model, source, split)
+    check_fits(model, source, split)
     started = time.monotonic()
     work = _Work(model, source, split, batch_size, proposals=proposals)
     parts = _distribute(work, num_tasks, _detect)
@@ -139,7 +139,12 @@ def check_truth(source: shards.Shards, task: Task, splits: Sequence[Split]) -> N
             raise DataError(f"{source.path}: '{split}' holds no object at all, so nothing can be measured on it")
 
 
-def _check(model: bundle.Bundle, source: shards.Shards, split: Split) -> None:
+def check_fits(model: bundle.Bundle, source: shards.Shards, split: Split) -> None:
+    """Make sure that a model can be measured on a split.
+
+    Raises:
+        DataError: its classes are not those of the data, or a shard is not what the manifest says.
+    """
     if model.card.classes != source.manifest.classes:
         raise DataError(
             f"{model.path} knows {len(model.card.classes)} classes that are not the {len(source.manifest.classes)} of "
@@ -184,6 +189,7 @@ def _facts(work: _Work, started: float) -> dict[str, str]:
     facts = {} if work.proposals is None else {"proposals": work.proposals}
     return facts | {
         "weights_sha256": work.model.card.weights_sha256,
+        "engine": str(work.model.card.engine),
         "dataset": manifest.dataset,
         "dataset_digest": manifest.digest,
         "commit": provenance.commit(),
@@ -211,7 +217,7 @@ class _Classified:
 
 def _classify(work: _Work, chunks: range) -> _Classified:
     """Evaluate some chunks of the split; to the loader, each chunk is the share of one rank."""
-    network = work.model.build()
+    network = work.model.start()
     assert isinstance(network, Classifier)
     loading, origin = Loading(batch_size=work.batch_size, num_tasks=0), work.origin
     seen: list[Predictions] = []
@@ -237,7 +243,7 @@ class _Detected:
 
 def _detect(work: _Work, chunks: range) -> _Detected:
     """As `_classify`."""
-    network = work.model.build()
+    network = work.model.start()
     assert isinstance(network, Detector)
     loading = Loading(batch_size=work.batch_size, num_tasks=0, proposals=work.proposals)
     seen: list[Sighting] = []

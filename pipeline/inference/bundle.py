@@ -1,7 +1,8 @@
 """The artefact: a folder with everything needed to use a model, and nothing that is executed when it is read.
 
 `weights.safetensors` holds the tensors, `model.json` the card: which architecture of this project, its configuration
-(with the `InputSpec`), the class names, how images are decoded, the checksum of the weights, and where it came from.
+(with the `InputSpec`), the class names, how images are decoded, what computes it, the checksum of the weights, and
+where it came from.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -23,6 +26,8 @@ from pipeline.config import Strict
 from pipeline.data import regions
 from pipeline.errors import BundleError
 from pipeline.imaging import Decoding
+from pipeline.inference import engine
+from pipeline.inference.engine import Engine
 from pipeline.models import Model
 from pipeline.models._contract import ModelConfig
 from pipeline.types import Task
@@ -37,6 +42,7 @@ class Card(Strict):
     Attributes:
         classes: class names; a label is an index into them.
         search: how regions are proposed for an image that brings none, to a model that judges given ones.
+        engine: what computes it where it answers; cards that do not say so are of the plain one.
         metrics: figures by name (`val/top1`, ...), as measured when the bundle was made.
         provenance: where it came from: commit, dataset and its digest, run.
     """
@@ -47,6 +53,7 @@ class Card(Strict):
     classes: tuple[str, ...]
     decoding: Decoding = Decoding()
     search: regions.Config = regions.Config()
+    engine: Engine = engine.PLAIN
     weights_sha256: str
     metrics: dict[str, float] = Field(default={})
     provenance: dict[str, str] = Field(default={})
@@ -66,7 +73,7 @@ class Bundle:
     card: Card
 
     def build(self, device: torch.device | str = "cpu") -> Model:
-        """The model with its weights, in evaluation mode on `device`, in the layout of quick convolutions.
+        """The model as it was trained, in evaluation mode on `device`, in the layout of quick convolutions.
 
         Raises:
             BundleError: the weights do not fit the architecture.
@@ -82,6 +89,17 @@ class Bundle:
         model.to(device).to(memory_format=torch.channels_last)
         return model.eval()
 
+    def start(self, device: torch.device | str = "cpu") -> Model:
+        """The model as it answers: `build`, on the card's engine.
+
+        Raises:
+            BundleError: the weights do not fit the architecture.
+            ConfigError: this machine cannot run the engine.
+        """
+        model = self.build(device)
+        engine.start(model, self.card.model, self.card.engine, device)
+        return model
+
 
 def save(
     path: Path,
@@ -95,25 +113,52 @@ def save(
     provenance: dict[str, str] | None = None,
 ) -> Bundle:
     """Write a bundle; it appears under `path` whole or not at all, replacing a bundle that was there."""
+    with _appearing(path) as partial:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, partial / WEIGHTS
+        )
+        card = Card(
+            task=config.task,
+            model=config,
+            classes=classes,
+            decoding=decoding or Decoding(),
+            search=search or regions.Config(),
+            weights_sha256=sha256_file(partial / WEIGHTS),
+            metrics=metrics or {},
+            provenance=provenance or {},
+        )
+        _write(card, partial)
+    return Bundle(path, card)
+
+
+def on_engine(
+    path: Path, made: Bundle, chosen: Engine, *, metrics: dict[str, float], provenance: dict[str, str]
+) -> Bundle:
+    """Write a bundle as `made` is, but on another engine and with more figures; it appears as that of `save` does."""
+    told = {"metrics": made.card.metrics | metrics, "provenance": made.card.provenance | provenance}
+    card = made.card.model_copy(update={"engine": chosen, **told})
+    with _appearing(path) as partial:
+        shutil.copytree(made.path, partial, dirs_exist_ok=True)  # with its golden images
+        _write(card, partial)
+    return load(path)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` at the end."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, partial / WEIGHTS)
-    card = Card(
-        task=config.task,
-        model=config,
-        classes=classes,
-        decoding=decoding or Decoding(),
-        search=search or regions.Config(),
-        weights_sha256=sha256_file(partial / WEIGHTS),
-        metrics=metrics or {},
-        provenance=provenance or {},
-    )
-    (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
+    yield partial
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)
-    return Bundle(path, card)
+
+
+def _write(card: Card, folder: Path) -> None:
+    # Left out where it is the plain one: such a card is read by versions that know no engines.
+    plain = {"engine"} if card.engine == engine.PLAIN else None
+    (folder / CARD).write_text(card.model_dump_json(indent=2, exclude=plain) + "\n")
 
 
 def load(path: Path) -> Bundle:

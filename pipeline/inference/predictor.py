@@ -19,9 +19,10 @@ from pipeline.data import lookup, regions, sheet
 from pipeline.data.transforms import classify, detect
 from pipeline.errors import ImageError
 from pipeline.imaging import Decoding
+from pipeline.inference import engine
 from pipeline.inference.bundle import Bundle
 from pipeline.models._detector import Detector, Selection
-from pipeline.types import Answer, Detections, DetectorSpec, Frame, InputSpec, Sample, Task, UInt8Array
+from pipeline.types import Answer, Detections, DetectorSpec, InputSpec, Sample, Task, UInt8Array
 
 BATCH_SIZE: dict[Task, int] = {"classification": 32, "detection": 8}
 
@@ -32,13 +33,14 @@ class Predictor:
     `decode` may run in many threads at once; `predict_batch` is for one thread at a time.
 
     Raises:
-        ConfigError: the model needs proposals, and OpenCV, which makes them, is not installed.
+        ConfigError: the model needs proposals, and OpenCV, which makes them, is not installed; or this machine cannot
+            run the bundle's engine.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device | str = "cpu") -> None:
         self.card = bundle.card
         self.device = torch.device(device)
-        self.model = bundle.build(device)
+        self.model = bundle.start(device)
         self.classes = bundle.card.classes
         if self.card.model.needs_proposals:
             regions.opencv_version()  # now, not at the first image
@@ -103,11 +105,7 @@ class Predictor:
 
     def warm_up(self, num_images: int) -> None:
         """Answer about as many pictures without content, so that the first real ones wait for nothing."""
-        size_hw = self.model.spec.largest_hw
-        images = torch.zeros(num_images, self.model.spec.num_channels, *size_hw, dtype=torch.uint8)
-        whole = torch.tensor([[0, 0, size_hw[1], size_hw[0]]], dtype=torch.float32)
-        proposals = (whole,) * num_images if self.card.model.needs_proposals else ()
-        self.predict_batch(Batch(images, frames=(Frame(size_hw, size_hw),) * num_images, proposals=proposals))
+        self.predict_batch(engine.blank(self.model, self.card.model, num_images))
 
     def predict(self, images: Sequence[bytes]) -> list[Answer | ImageError]:
         """Answer about encoded images, in their order; what is not an image gets its error in its place."""

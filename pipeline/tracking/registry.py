@@ -34,7 +34,7 @@ from mlflow.types.schema import Array
 
 from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
-from pipeline.inference import bundle
+from pipeline.inference import bundle, engine
 from pipeline.inference.bundle import Bundle
 from pipeline.tracking import connection, journal, runs
 from pipeline.tracking.delivery import DIGEST_CHARS
@@ -114,9 +114,11 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
     set; its name is that of the run's input (`mnist/val`).
 
     Raises:
-        ConfigError: the name does not suit.
+        ConfigError: the name does not suit, or the bundle's engine is not installed here, so that no version of it can
+            be asked for where the model is served.
         TrackingError: the server does not answer, or refuses. No version exists then.
     """
+    engine.check_installed(made.card.engine)
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name '{name}': expected letters, digits, '.', '_' or '-', beginning with the former")
     connection.check(run.uri)
@@ -293,8 +295,12 @@ def _quiet() -> Iterator[None]:
 
 def _requirements(made: Bundle) -> list[str]:
     proposes = (PROPOSES,) if made.card.model.needs_proposals else ()
+    return [_pinned(package) for package in (*REQUIREMENTS, *proposes, *made.card.engine.packages)]
+
+
+def _pinned(package: str) -> str:
     # Without a local part such as +cpu, which no index knows.
-    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in (*REQUIREMENTS, *proposes)]
+    return f"{package}=={metadata.version(package).partition('+')[0]}"
 
 
 def _log_metrics(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:
