@@ -28,7 +28,7 @@ from serve.schemas import AppArgs, Refused, Served, Told, Wanted
 from serve.watching import Watch
 
 FIRST_NEWS_S = 60.0
-"""An endpoint that is started waits so long for its first roster before it takes requests."""
+"""An endpoint that is started waits so long to be told of every model before it takes requests."""
 GREET_S = 10.0
 PAUSE_S = 1.0
 _log = logging.getLogger("ray.serve")
@@ -112,7 +112,8 @@ class Endpoint:
         last = {served.app: self._handles[served.app] for served in self.gate.roster.versions}  # requests on their way
         self._handles = {**last, **handles}
         self.gate.roster = roster
-        self._has_news.set()
+        if all(one.live or one.troubles for one in roster.standings.values()):  # the reconciler has been everywhere
+            self._has_news.set()
 
     async def _greet(self, handle: Any) -> None:
         async with asyncio.timeout(GREET_S):

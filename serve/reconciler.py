@@ -26,6 +26,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
 """Until a version that could not be taken is tried again; it doubles."""
 NEWS_S = 10.0
 """For so long an ingress process waits for news before it asks again."""
+TURN_S = 15.0
+"""Within so long every ingress process has turned to what it is told; so long nothing that it may ask is unloaded."""
 Settled = Callable[[], Awaitable[Served | None]]
 _log = logging.getLogger("ray.serve")
 
@@ -91,6 +93,7 @@ class Follower:
         self._clock = clock
         self._refused: dict[tuple[str, str], Refusal] = {}
         self._left_s: dict[Served, float] = {}
+        self._gone: list[str] = []
 
     async def step(self) -> None:
         """Look where the aliases point to, and go there; raises nothing."""
@@ -101,7 +104,20 @@ class Follower:
         if self.model.challenger and live:
             rival = await self._follow(self.model.challenger.alias, self.standing.challenger, self._rival)
             self._turn(challenger=rival)
-        await self._let_go()
+        late = [one for one, at_s in self._left_s.items() if self._clock() - at_s >= max(self.model.keep_s, TURN_S)]
+        for one in late:
+            del self._left_s[one]
+            self._gone.append(one.app)
+        self._keep()
+
+    async def let_go(self) -> None:
+        """Unload what is kept no longer: to be called once nobody is told of it any more; raises nothing."""
+        while self._gone:
+            app = self._gone.pop()
+            try:
+                await self._stage.unload(app)
+            except Exception:
+                _log.exception("%s could not be unloaded", app)
 
     async def _follow(self, alias: str, now: Served | None, settled: Settled) -> Served | None:
         """What an alias stands for from now on: what it points to or, if that cannot be taken, the present one."""
@@ -137,7 +153,13 @@ class Follower:
         return None if found and self.standing.live and is_same(found, self.standing.live) else found
 
     async def _take(self, wanted: Served) -> Served:
-        """Load a version and see that it answers as it should; else nothing of it is left."""
+        """Load a version and see that it answers as it should; else nothing of it is left.
+
+        One that is loaded has shown that already.
+        """
+        known = next((one for one in self.standing.versions if is_same(one, wanted)), None)
+        if known is not None:
+            return replace(wanted, app=known.app)
         loaded = await self._stage.load(wanted, self.model)
         try:
             await self._stage.rehearse(loaded)
@@ -153,13 +175,6 @@ class Follower:
         places = {one.app for one in (self.standing.live, self.standing.challenger) if one}
         self._left_s = {one: at_s for one, at_s in self._left_s.items() if one.app not in places}
         self._keep(*(one for one in (before.live, before.challenger) if one and one.app not in places))
-
-    async def _let_go(self) -> None:
-        late = [one for one, at_s in self._left_s.items() if self._clock() - at_s >= self.model.keep_s]
-        for one in late:
-            del self._left_s[one]
-            self._keep()
-            await self._stage.unload(one.app)
 
     def _keep(self, *left: Served) -> None:
         """Keep versions loaded that no alias points to any more, and show which are."""
@@ -220,15 +235,14 @@ class Reconciler:
         return self._roster, self._stage.handles()
 
     async def _mind(self) -> None:
-        await asyncio.gather(*(follower.step() for follower in self._followers))
-        self._publish()
         await asyncio.gather(self._sweep(), *map(self._follow, self._followers))
 
     async def _follow(self, follower: Follower) -> None:
         while True:
-            await asyncio.sleep(self._poll_s)
             await follower.step()
             self._publish()
+            await follower.let_go()
+            await asyncio.sleep(self._poll_s)
 
     def _publish(self) -> None:
         """Make a new roster where a standing has changed, and wake those who wait for it."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BundleError, ModelError, TrackingError
-from serve.reconciler import FIRST_PAUSE_S, LONGEST_PAUSE_S, Follower, Reconciler
+from serve.reconciler import FIRST_PAUSE_S, LONGEST_PAUSE_S, TURN_S, Follower, Reconciler
 from serve.schemas import ModelArgs, Served
 
 
@@ -93,6 +93,7 @@ class Case:
 
     def step(self) -> None:
         asyncio.run(self.follower.step())
+        asyncio.run(self.follower.let_go())
 
     @property
     def live(self) -> str | None:
@@ -130,6 +131,45 @@ def test_step_after_the_alias_has_moved_keeps_the_version_before_for_a_while() -
     case.step()
     assert (case.live, case.kept, case.stage.apps) == ("2", [], ["app-2"])
     assert case.stage.did == ["load 1", "load 2", "unload 1"]
+
+
+def test_a_version_is_kept_until_every_ingress_has_turned_away_however_short_keep_s_is() -> None:
+    case = Case(Registry(1), keep_s=0.0)
+    case.step()
+    case.registry.points["champion"] = 2
+    case.step()
+    case.now_s = TURN_S - 1
+    case.step()
+    assert case.stage.apps == ["app-1", "app-2"]
+    case.now_s = TURN_S
+    asyncio.run(case.follower.step())
+    assert (case.kept, case.stage.apps) == ([], ["app-1", "app-2"])  # first nobody is told of it any more
+    asyncio.run(case.follower.let_go())
+    assert case.stage.apps == ["app-2"]
+
+
+def test_a_version_that_is_loaded_is_neither_rehearsed_nor_unloaded_again() -> None:
+    case = Case(Registry(1, challenger=2), challenger={})
+    case.step()
+    case.stage.answers_wrongly["2"] = ModelError("too busy to answer")
+    case.registry.points["champion"] = 2
+    case.step()
+    assert (case.live, case.stage.apps, case.troubles) == ("2", ["app-1", "app-2"], {})
+    assert case.stage.did == ["load 1", "load 2"]
+
+
+def test_what_cannot_be_unloaded_stops_nothing() -> None:
+    class Stuck(Loading):
+        async def unload(self, app: str) -> None:
+            raise RuntimeError("the controller does not answer")
+
+    case = Case(Registry(1))
+    case.stage = case.follower._stage = Stuck()
+    case.step()
+    for number, now_s in ((2, 0.0), (2, 200.0), (3, 201.0)):
+        case.registry.points["champion"], case.now_s = number, now_s
+        case.step()
+    assert case.live == "3"
 
 
 def test_an_alias_that_moves_back_finds_its_version_loaded() -> None:
