@@ -117,7 +117,7 @@ def run(config: Config, scratch: Path, start: Start, say: Say = lambda line: Non
     with rounds.workspace(scratch) as folder:
         pictures = serving_model.draw(folder / "pictures", config.sources, config.num_pictures, config.picture_bytes)
         weights = config.weights if config.weights is not None and config.weights.exists() else None
-        said = serving_model.prepare(folder / "model", weights, config.bundle, config.seed)
+        said = serving_model.prepare(folder / "model", folder / "pictures", weights, config.bundle, config.seed)
         say(f"prepare  {said}; {pictures}")
         addresses = start(names, folder / "model")
         found = _rounds(config, addresses, folder, say)

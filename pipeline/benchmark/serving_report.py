@@ -100,6 +100,9 @@ def _cells(levels: Sequence[Level] | None) -> tuple[str, ...]:
 def _sentences(report: Report, clients: Sequence[int]) -> list[str]:
     lines = [f"{report.pictures}; {report.weights}; CPU: of the server's processes, for a request"]
     lines += [f"{name}: {_bare(report, name)}" for name in (DOCUMENTED, GIVEN)]
+    if NULL in report.groups:
+        own = [level.client_cpu_ms for one in report.rounds for level in one.blocks[NULL].levels.values()]
+        lines.append(f"the load generator takes {median(own):.2f} ms of CPU time for a request, on one core at most")
     if GOAL_CLIENTS in clients:
         lines += _goal(report, "documented", DOCUMENTED_GOAL) + _goal(report, "given", GIVEN_GOAL)
     if 1 in clients:
