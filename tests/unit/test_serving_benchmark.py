@@ -150,13 +150,15 @@ def test_load_counts_what_the_server_counted_and_keeps_each_requests_own_answer(
 
 
 def test_load_never_has_more_requests_in_hand_than_clients() -> None:
-    now, most = 0, 0
+    now, most, all_in = 0, 0, asyncio.Event()
 
     async def slow(body: bytes) -> bytes:
         nonlocal now, most
         now += 1
         most = max(most, now)
-        await asyncio.sleep(0.002)
+        if now == 5:
+            all_in.set()
+        await asyncio.wait_for(all_in.wait(), 10)  # nobody is answered before all have asked
         now -= 1
         return OK % (1, body)
 
