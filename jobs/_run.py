@@ -99,14 +99,18 @@ def run(schema: type[JobT], work: Callable[[JobT], object], argv: Sequence[str] 
 
 
 @contextmanager
-def ray_session(storage: Path, num_cpus: int) -> Iterator[None]:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local head of `num_cpus` and stop it afterwards."""
+def ray_session(storage: Path, num_cpus: int) -> Iterator[str]:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local head of `num_cpus` and stop it afterwards.
+
+    Yields:
+        The head's address, for processes of its own.
+    """
     if "RAY_ADDRESS" in os.environ:
         with _connected():
-            yield
+            yield _head_address()
         return
     with Stack(storage) as stack, connected_to(stack.ray(num_cpus=num_cpus)):
-        yield
+        yield _head_address()
 
 
 @contextmanager
@@ -192,6 +196,12 @@ def _connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _head_address() -> str:
+    import ray  # noqa: PLC0415  (as in _connected)
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def mlflow_server(storage: Path, port: int | None = None, *, host: str = LOOPBAC
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | MLFLOW_ENV
     log = (storage / "logs" / "mlflow.log").resolve()
     draft = Service("MLflow", 0, 0.0, url, log, env={"MLFLOW_TRACKING_URI": url})
-    return _start(draft, command, env, lambda: answers(f"{url}/health"), timeout_s, TrackingError)
+    return start(draft, command, env, lambda: answers(f"{url}/health"), timeout_s, TrackingError)
 
 
 def ray_head(
@@ -267,7 +267,7 @@ def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str]
     dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"
     agent = f"http://{LOOPBACK}:{ports['dashboard-agent-listen-port']}"
     draft = Service("Ray", 0, 0.0, f"{LOOPBACK}:{ports['port']}", log, dashboard, scratch, client)
-    return _start(
+    return start(
         draft,
         command,
         whole,
@@ -277,7 +277,7 @@ def _ray_head(storage: Path, asked: Mapping[str, object], env: Mapping[str, str]
     )
 
 
-def _start(
+def start(
     draft: Service,
     command: list[str],
     env: Mapping[str, str],
@@ -285,7 +285,11 @@ def _start(
     timeout_s: float,
     error: type[VentralError],
 ) -> Service:
-    """Start what `draft` describes, and wait for it; nothing is left of what did not start."""
+    """Start what `draft` describes, and wait until it is ready; nothing is left of what did not start.
+
+    Raises:
+        VentralError: of the given type, with the last line of its log.
+    """
     process = launch(command, draft.log, env)
     service = replace(draft, pid=process.pid, created_s=psutil.Process(process.pid).create_time())
     try:

@@ -69,6 +69,12 @@ class OthersShare:
         return sum(map(_cpu_s, _tree(self._roots())))
 
 
+def cpu_s(roots: list[int]) -> float:
+    """CPU seconds so far of these processes and their children, this process left out."""
+    here = psutil.Process()
+    return sum(_cpu_s(process) for process in _tree(roots) if process != here)
+
+
 def described() -> dict[str, str]:
     """Processor, number of CPUs, operating system."""
     return {"processor": _processor(), "cpus": str(os.cpu_count()), "system": platform.platform()}

@@ -256,8 +256,8 @@ def digest(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:
-    """Store the bundle as an MLflow model: what `log_model` does, without its global state."""
+def save(made: Bundle, path: Path, mlflow_model: Model | None = None) -> None:
+    """Write the bundle as an MLflow model to a new folder, which `mlflow models serve` runs."""
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
         shutil.copytree(LIBRARY, staging / "pipeline", ignore=shutil.ignore_patterns(*ABOVE))
@@ -265,18 +265,25 @@ def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> N
         shutil.copy(MODEL_CODE, staging)
         with _quiet():
             mlflow.pyfunc.save_model(
-                staging / "model",
+                path,
                 python_model=staging / MODEL_CODE.name,
                 code_paths=[str(staging / "pipeline")],
                 artifacts={"bundle": str(staging / "bundle")},
                 signature=SIGNATURES[made.card.task],
                 pip_requirements=_requirements(made),
                 model_config={"device": "cpu"},
-                mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
+                mlflow_model=mlflow_model,
             )
-        for cache in (staging / "model").rglob("__pycache__"):
+        for cache in path.rglob("__pycache__"):
             shutil.rmtree(cache)
-        client.log_model_artifacts(model_id, str(staging / "model"))
+
+
+def _upload(client: MlflowClient, model_id: str, run_id: str, made: Bundle) -> None:
+    """Store the bundle as an MLflow model: what `log_model` does, without its global state."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model"
+        save(made, path, Model(run_id=run_id, model_id=model_id, model_uuid=model_id))
+        client.log_model_artifacts(model_id, str(path))
 
 
 @contextmanager
