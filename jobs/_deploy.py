@@ -1,7 +1,8 @@
 """Puts an application on Ray Serve, by its import path as text, and waits until it answers.
 
 It speaks to the head's dashboard, as `serve deploy` does: what is deployed stays when the job ends, and applications
-that the configuration leaves out are removed.
+that the configuration leaves out are removed. The versions of models are applications of their own, which the
+endpoint's reconciler removes; where the endpoint itself is left out they stay until `serve shutdown`.
 """
 
 from __future__ import annotations

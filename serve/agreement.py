@@ -16,7 +16,7 @@ def agree(one: Told | Refused, other: Told | Refused) -> bool:
     that overlaps it by an IoU of at least 0.5, and there is no other object.
     """
     if isinstance(one, Refused) or isinstance(other, Refused):
-        return isinstance(one, Refused) and isinstance(other, Refused)
+        return False
     if one.boxes is None or other.boxes is None:
         return one.class_names[:1] == other.class_names[:1]
     left = list(zip(other.class_names, other.boxes, strict=True))
@@ -36,7 +36,7 @@ def _closest(name: str, box: Box, others: Sequence[tuple[str, Box]]) -> tuple[st
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes xyxy; 0 where neither has an area.
 
-    A request has a hundred boxes at most, and the ingress imports no array library for them.
+    There are a hundred at most (`gate.MOST_COMPARED`), and the ingress imports no array library for them.
     """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

@@ -14,18 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import ray.serve
 import torch
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from pipeline import imaging
 from pipeline.batch import to_batch
-from pipeline.errors import ImageError
+from pipeline.errors import BundleError, ImageError
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
+from serve.batching import Batcher
 from serve.metrics import Load, RayMeter
 from serve.schemas import LATE, ModelArgs, Refused, Served, Told, Wanted
 
@@ -59,11 +59,13 @@ class Replica:
 
     def __init__(self, served: Served, args: ModelArgs) -> None:
         torch.set_num_threads(max(1, int(args.num_cpus)))
-        self.predictor = Predictor(bundle.load(served.bundle), "cuda" if args.num_gpus else "cpu")
+        found = bundle.load(served.bundle)
+        if not found.card.weights_sha256.startswith(served.weights):
+            raise BundleError(f"{served.bundle} has become another bundle since version {served.version} was settled")
+        self.predictor = Predictor(found, "cuda" if args.num_gpus else "cpu")
         self.decoders = ThreadPoolExecutor(args.decoders, "decode")
         self.engine = ThreadPoolExecutor(1, "infer")
-        join = ray.serve.batch(max_batch_size=args.batch.max_size, batch_wait_timeout_s=args.batch.wait_ms / 1000)
-        self.join = join(self._infer)
+        self.join = Batcher(self._infer, args.batch.max_size, args.batch.wait_ms / 1000)
         self.load = Load(RayMeter(), served)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
@@ -89,7 +91,7 @@ class Replica:
             return Refused(error.reason, str(error))
         decoded_s = time.perf_counter()
         with self.load.image():
-            done: _Inferred = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))
+            done = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))
         if done.answer is None:
             return _LATE
         if isinstance(done.answer, Exception):
@@ -146,8 +148,8 @@ class Replica:
         """Each image's answer; where the model fails on one of several, its neighbours are answered without it."""
         if not due:
             return []
-        batch, selects = to_batch([one.sample for one in due]), [one.select for one in due]
         try:
+            batch, selects = to_batch([one.sample for one in due]), [one.select for one in due]
             return list(self.predictor.predict_batch(batch, selects))
         except Exception as error:
             return [error] if len(due) == 1 else [answer for one in due for answer in self._answers([one])]

@@ -2,7 +2,8 @@
 
     Minder (one) ── roster, handles ──► Endpoint (one or more) ── images ──► replicas of versions
 
-Neither holds a model. An endpoint keeps its last roster while the minder is away.
+Neither holds a model. An endpoint keeps its last roster while the minder is away, and of one that is started anew what
+it was told of a model until the minder serves that model again.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from serve.roster import Roster, Standing
 from serve.schemas import AppArgs, Refused, Served, Told, Wanted
 from serve.watching import Watch
 
-FIRST_NEWS_S = 60.0
-"""An endpoint that is started waits so long to be told of every model before it takes requests."""
 GREET_S = 10.0
 PAUSE_S = 1.0
 _log = logging.getLogger("ray.serve")
@@ -43,7 +42,7 @@ class Minder:
         from serve.versions import NO_PICKLE, Versions  # noqa: PLC0415
 
         os.environ.update(NO_PICKLE)
-        stage = RayStage(ray.serve.get_replica_context().app_name)
+        stage = RayStage(ray.serve.get_replica_context().app_name, args.limits.answer_s)
         self._reconciler = Reconciler(args.models, Versions(args), stage, args.poll_s)
         self._reconciler.begin()
 
@@ -90,8 +89,9 @@ class Endpoint:
     @contextlib.asynccontextmanager
     async def _following(self, _: FastAPI) -> AsyncGenerator[None]:
         task = asyncio.get_running_loop().create_task(self._follow())
+        first_s = max(model.load_s for model in self._args.models)  # to be told of every model
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_news.wait(), FIRST_NEWS_S)
+            await asyncio.wait_for(self._has_news.wait(), first_s)
         yield
         task.cancel()
 
@@ -107,11 +107,12 @@ class Endpoint:
 
     async def _turn(self, roster: Roster, handles: Mapping[str, Any]) -> None:
         """Ask for what is in a roster from now on; versions that are new are greeted before a request meets them."""
-        new = [served for served in roster.versions if served.app not in self._handles and not served.sleeps]
-        await asyncio.gather(*(self._greet(handles[served.app]) for served in new), return_exceptions=True)
-        last = {served.app: self._handles[served.app] for served in self.gate.roster.versions}  # requests on their way
-        self._handles = {**last, **handles}
-        self.gate.roster = roster
+        new = {served.app for served in roster.versions if not served.sleeps} & handles.keys() - self._handles.keys()
+        await asyncio.gather(*(self._greet(handles[app]) for app in new), return_exceptions=True)
+        asked = {served.app for served in self.gate.roster.versions}  # by requests that are on their way
+        kept = {app: handle for app, handle in self._handles.items() if app in asked or app in handles}
+        self._handles = {**handles, **kept}  # a handle that is in use knows its replicas
+        self.gate.roster = roster.after(self.gate.roster)
         if all(one.live or one.troubles for one in roster.standings.values()):  # the reconciler has been everywhere
             self._has_news.set()
 

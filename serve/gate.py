@@ -25,6 +25,8 @@ from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
 from serve.seen import seen
 
 READY_S = 2.0
+MOST_COMPARED = 100
+"""Detections in an image that a challenger's are compared with."""
 _MOST_KEYS = 20  # of so many one is unknown in any case
 
 
@@ -127,11 +129,10 @@ class Gate:
         standing = self.standings[name]
         if standing.live is None:
             raise problems.loading(name)
-        picked = (standing.pick(key) or standing.live,) if version is None and not alias else standing.versions
-        for served in picked:
-            if version in {None, served.version} and alias in {"", served.alias}:
-                seen().model = served
-                return served
+        served = standing.pick(key) if version is None and not alias else standing.find(alias, version)
+        if served is not None:
+            seen().model = served
+            return served
         wanted = f"version {version[:MAX_ECHO]}" if version else f"alias {alias[:MAX_ECHO]}"
         raise Problem(404, "unknown_version", f"{name}: {wanted} is not served, {_here(standing)}.")
 
@@ -217,7 +218,8 @@ class Gate:
         self, served: Served | None, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
     ) -> None:
         """Ask a challenger the same behind the client's back, unless too much is asked already."""
-        if served is None or self._shadowed + len(images) > self.limits.max_shadowed:
+        is_small = wanted.max_detections <= MOST_COMPARED  # comparing takes this process's time
+        if served is None or not is_small or self._shadowed + len(images) > self.limits.max_shadowed:
             return
         task = asyncio.get_running_loop().create_task(self._compare(served, images, wanted, answers))
         self._shadows.add(task)  # the loop itself keeps tasks by weak references only
@@ -236,8 +238,10 @@ class Gate:
             return
         finally:
             self._shadowed -= len(images)
-        tally.compared += len(images)
-        tally.agreed += sum(map(agreement.agree, answers, others))
+        for one, other in zip(answers, others, strict=True):
+            if isinstance(one, Told) or isinstance(other, Told):  # what is no image to both tells nothing
+                tally.compared += 1
+                tally.agreed += agreement.agree(one, other)
 
 
 def _here(standing: Standing) -> str:

@@ -4,8 +4,9 @@
                    ──► live ──► the version before stays loaded for `keep_s`: an alias that moves back finds it there
 
 On any failure the live version stays, the newcomer is unloaded, and the reason is in the model's standing; it is tried
-again after a while that doubles. A `Follower` minds one model. How versions are loaded is the `Stage`'s affair (on Ray
-Serve: `serve.stage`), what aliases mean that of `Versions`; neither is needed to see what is decided here.
+again after a while that doubles. A `Follower` minds one model, its two aliases without waiting for each other. How
+versions are loaded is the `Stage`'s affair (on Ray Serve: `serve.stage`), what aliases mean that of `Versions`; neither
+is needed to see what is decided here.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pipeline.errors import VentralError
+from pipeline.errors import ModelError, VentralError
 from serve.roster import Roster, Standing
 from serve.schemas import ModelArgs, Served
 
@@ -28,7 +30,8 @@ NEWS_S = 10.0
 """For so long an ingress process waits for news before it asks again."""
 TURN_S = 15.0
 """Within so long every ingress process has turned to what it is told; so long nothing that it may ask is unloaded."""
-Settled = Callable[[], Awaitable[Served | None]]
+_PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+")
 _log = logging.getLogger("ray.serve")
 
 
@@ -38,11 +41,11 @@ class Aliases(Protocol):
     def settle(self, model: ModelArgs, alias: str) -> Served:
         """What an alias means now."""
 
-    def settle_or_last(self, model: ModelArgs, alias: str) -> Served:
-        """What it means now or, while the registry is away, meant when it was last served."""
-
     def settle_if_any(self, model: ModelArgs, alias: str) -> Served | None:
         """What it means now; None where the registry knows no such alias."""
+
+    def last(self, model: ModelArgs, alias: str) -> Served | None:
+        """What it meant when it was last served, if it ever was."""
 
     def remember(self, served: Served) -> None:
         """Note that a version is served."""
@@ -51,17 +54,20 @@ class Aliases(Protocol):
 class Stage(Protocol):
     """Where versions are loaded."""
 
-    async def load(self, served: Served, model: ModelArgs) -> Served:
-        """Load a version, or find it loaded; the same with its place. Raises why it could not be."""
+    async def find(self, served: Served, model: ModelArgs) -> Served | None:
+        """A version that is loaded, with its place; None: it is not, and nothing is done about it."""
 
-    async def rehearse(self, served: Served) -> None:
+    async def load(self, served: Served, model: ModelArgs) -> Served:
+        """Load a version; the same with its place. Raises why it could not be, and leaves nothing of it."""
+
+    async def rehearse(self, served: Served, model: ModelArgs) -> None:
         """Have a loaded version answer the golden images of its bundle; raises what it answered otherwise."""
 
     async def unload(self, app: str) -> None:
-        """Let what is loaded in a place go, once what it has been asked is answered."""
+        """Let what is loaded in a place go, once what it has been asked is answered; does not wait for it."""
 
-    async def loaded(self) -> Sequence[str]:
-        """Every place that something of this application is loaded in."""
+    async def loaded(self, model: ModelArgs) -> Sequence[str]:
+        """Every place that a version of a model is loaded in."""
 
     def handles(self) -> Mapping[str, Any]:
         """How replicas are reached, by place."""
@@ -79,49 +85,69 @@ class Follower:
     """One model: goes where its aliases point to, a step at a time.
 
     Attributes:
-        standing: what is served now.
+        standing: what is served now; `publish` is called when it has changed.
     """
 
     def __init__(
-        self, model: ModelArgs, aliases: Aliases, stage: Stage, clock: Callable[[], float] = time.monotonic
+        self,
+        model: ModelArgs,
+        aliases: Aliases,
+        stage: Stage,
+        publish: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         rival = model.challenger
         self.standing = Standing(model.name, share=rival.share if rival else 0, shadow=rival.shadow if rival else 0)
         self._aliases = aliases
         self._stage = stage
+        self._publish = publish
         self._clock = clock
-        self._refused: dict[tuple[str, str], Refusal] = {}
+        self._refused: dict[tuple[str, str, bool], Refusal] = {}
         self._left_s: dict[Served, float] = {}
-        self._gone: list[str] = []
+        self._gone_s: dict[str, float] = {}
+        self._num_loading = 0
+        self._is_swept = False
 
-    async def step(self) -> None:
-        """Look where the aliases point to, and go there; raises nothing."""
-        live = await self._follow(self.model.alias, self.standing.live, self._own)
-        if live and live != self.standing.live:
-            self._turn(live=live)
-            await asyncio.to_thread(self._aliases.remember, live)
-        if self.model.challenger and live:
-            rival = await self._follow(self.model.challenger.alias, self.standing.challenger, self._rival)
-            self._turn(challenger=rival)
-        late = [one for one, at_s in self._left_s.items() if self._clock() - at_s >= max(self.model.keep_s, TURN_S)]
-        for one in late:
+    async def follow_live(self) -> None:
+        """Look where the model's alias points to, and go there; raises nothing."""
+        alias, now = self.model.alias, self.standing.live
+        found = await self._follow(alias, now, self._own)
+        if found is None:  # what a predecessor served, rather than nothing
+            found = await self._follow_last(alias)
+        if found and found != now:
+            self._turn(live=found)
+            await asyncio.to_thread(self._aliases.remember, found)
+
+    async def follow_challenger(self) -> None:
+        """The same for the second alias, if there is one, beside a live version."""
+        if self.model.challenger is None or self.standing.live is None:
+            return
+        found = await self._follow(self.model.challenger.alias, self.standing.challenger, self._rival)
+        live = self.standing.live  # which may have become the same meanwhile
+        self._turn(challenger=None if found and is_same(found, live) else found)
+
+    async def tidy(self) -> None:
+        """Unload what is kept no longer, after nobody has been told of it for a while; raises nothing."""
+        now_s = self._clock()
+        for one in [one for one, at_s in self._left_s.items() if now_s - at_s >= max(self.model.keep_s, TURN_S)]:
             del self._left_s[one]
-            self._gone.append(one.app)
+            self._gone_s[one.app] = now_s
         self._keep()
-
-    async def let_go(self) -> None:
-        """Unload what is kept no longer: to be called once nobody is told of it any more; raises nothing."""
-        while self._gone:
-            app = self._gone.pop()
-            try:
+        try:
+            await self._find_strays()
+            late = [app for app, at_s in self._gone_s.items() if self._clock() - at_s >= TURN_S]
+            for app in late if not self._num_loading else ():  # one of them may be what is being loaded
                 await self._stage.unload(app)
-            except Exception:
-                _log.exception("%s could not be unloaded", app)
+                self._gone_s.pop(app, None)
+        except Exception:
+            _log.exception("%s: what is kept no longer could not be unloaded; it is tried again", self.model.name)
+            self._is_swept = False
 
-    async def _follow(self, alias: str, now: Served | None, settled: Settled) -> Served | None:
+    async def _follow(
+        self, alias: str, now: Served | None, settled: Callable[[], Awaitable[Served | None]]
+    ) -> Served | None:
         """What an alias stands for from now on: what it points to or, if that cannot be taken, the present one."""
-        wanted: Served | None = None
         try:
             wanted = await settled()
             if wanted is None or (now and is_same(wanted, now)):
@@ -130,66 +156,124 @@ class Follower:
             if self._is_refused(wanted):
                 return now
             taken = await self._take(wanted)
-            again = await settled()
-            if again is None or not is_same(again, taken):
-                self._keep(taken)
-                return now  # it has moved on meanwhile; the next step goes after it
         except Exception as error:
-            reason = str(error) if isinstance(error, VentralError) else f"{type(error).__name__}: {error}"
-            self._complain(alias, reason)
-            if wanted:
-                self._refuse(wanted, reason)
+            self._complain(alias, _reason(error))
             return now
-        self._complain(alias, None)
-        return taken
+        try:
+            again = await settled()
+            self._complain(alias, None)
+        except Exception as error:
+            self._complain(alias, _reason(error))
+            again = None
+        if again and is_same(again, taken):
+            return taken
+        self._keep(taken)  # it has moved on meanwhile, or nobody knows: the next step finds it loaded
+        return now
+
+    async def _follow_last(self, alias: str) -> Served | None:
+        last: Served | None = None
+        try:
+            last = await asyncio.to_thread(self._aliases.last, self.model, alias)
+            if last and not self._is_refused(last, is_proven=True):
+                return await self._take(last, is_proven=True)
+        except Exception as error:
+            _log.warning("%s@%s: what was served last cannot be either: %s", self.model.name, alias, error)
+        return None
 
     async def _own(self) -> Served:
-        ask = self._aliases.settle if self.standing.live else self._aliases.settle_or_last
-        return await asyncio.to_thread(ask, self.model, self.model.alias)
+        return await asyncio.to_thread(self._aliases.settle, self.model, self.model.alias)
 
     async def _rival(self) -> Served | None:
         assert self.model.challenger is not None
-        found = await asyncio.to_thread(self._aliases.settle_if_any, self.model, self.model.challenger.alias)
-        return None if found and self.standing.live and is_same(found, self.standing.live) else found
+        alias = self.model.challenger.alias
+        found = await asyncio.to_thread(self._aliases.settle_if_any, self.model, alias)
+        live = self.standing.live
+        is_live = bool(found and live and is_same(found, live))
+        self._stand(also=(alias,) if is_live else ())
+        return None if is_live else found
 
-    async def _take(self, wanted: Served) -> Served:
-        """Load a version and see that it answers as it should; else nothing of it is left.
+    async def _take(self, wanted: Served, *, is_proven: bool = False) -> Served:
+        """Load a version and see that it answers as it should; nothing is left of one that was loaded in vain.
 
-        One that is loaded has shown that already.
+        One that is served already, or was by a predecessor, has shown that before.
         """
         known = next((one for one in self.standing.versions if is_same(one, wanted)), None)
         if known is not None:
             return replace(wanted, app=known.app)
-        loaded = await self._stage.load(wanted, self.model)
+        live = self.standing.live
+        if live and live.task != wanted.task:
+            self._refuse(wanted)
+            raise ModelError(
+                f"version {wanted.version} is for {wanted.task}, version {live.version}, which is served, for "
+                f"{live.task}; register it under another name"
+            )
+        self._num_loading += 1
         try:
-            await self._stage.rehearse(loaded)
+            found = await self._stage.find(wanted, self.model)
+            loaded = found or await self._stage.load(wanted, self.model)
+            self._gone_s.pop(loaded.app, None)
+            if not is_proven:
+                await self._rehearse(loaded, is_new=found is None)
         except Exception:
-            await self._stage.unload(loaded.app)
+            self._refuse(wanted, is_proven=is_proven)
             raise
-        self._refused.pop(_key(wanted), None)
+        finally:
+            self._num_loading -= 1
+        self._refused.pop(_key(wanted, is_proven), None)
         return loaded
+
+    async def _rehearse(self, loaded: Served, *, is_new: bool) -> None:
+        try:
+            await self._stage.rehearse(loaded, self.model)
+        except Exception:
+            if is_new:
+                await self._stage.unload(loaded.app)
+            raise
+
+    async def _find_strays(self) -> None:
+        """Let go, once, what an earlier reconciler has left and nobody asks for."""
+        if self._is_swept or self._num_loading or self.standing.live is None:
+            return
+        wanted = {served.app for served in self.standing.versions}
+        strays = [app for app in await self._stage.loaded(self.model) if app not in wanted]
+        self._gone_s |= {app: self._clock() for app in strays if app not in self._gone_s}
+        self._is_swept = True
 
     def _turn(self, **to: Served | None) -> None:
         """Let versions take their places; what stood there stays loaded for a while."""
-        before, self.standing = self.standing, replace(self.standing, **to)  # type: ignore[arg-type]
-        places = {one.app for one in (self.standing.live, self.standing.challenger) if one}
+        before = self.standing
+        after = replace(before, **to)  # type: ignore[arg-type]
+        places = {one.app for one in (after.live, after.challenger) if one}
         self._left_s = {one: at_s for one, at_s in self._left_s.items() if one.app not in places}
-        self._keep(*(one for one in (before.live, before.challenger) if one and one.app not in places))
+        self._left_s |= self._leaving(one for one in (before.live, before.challenger) if one and one.app not in places)
+        self._stand(**to, kept=self._kept())
 
     def _keep(self, *left: Served) -> None:
-        """Keep versions loaded that no alias points to any more, and show which are."""
-        self._left_s |= {replace(one, alias=None): self._clock() for one in left}
-        newest_first = sorted(self._left_s, key=lambda one: -self._left_s[one])
-        self.standing = replace(self.standing, kept=tuple(newest_first))
+        """Keep versions loaded that no alias points to, and show which are."""
+        held = {one.app for one in (self.standing.live, self.standing.challenger) if one}
+        self._left_s |= self._leaving(one for one in left if one.app not in held)
+        self._stand(kept=self._kept())
 
-    def _is_refused(self, wanted: Served) -> bool:
-        refusal = self._refused.get(_key(wanted))
+    def _leaving(self, left: Iterable[Served]) -> dict[Served, float]:
+        return {replace(one, alias=None): self._clock() for one in left}
+
+    def _kept(self) -> tuple[Served, ...]:
+        return tuple(sorted(self._left_s, key=lambda one: -self._left_s[one]))
+
+    def _stand(self, **to: Any) -> None:
+        after = replace(self.standing, **to)
+        if after != self.standing:
+            self.standing = after
+            self._publish()
+
+    def _is_refused(self, wanted: Served, *, is_proven: bool = False) -> bool:
+        refusal = self._refused.get(_key(wanted, is_proven))
         return refusal is not None and self._clock() < refusal.again_s
 
-    def _refuse(self, wanted: Served, reason: str) -> None:
-        before = self._refused.get(_key(wanted))
+    def _refuse(self, wanted: Served, *, is_proven: bool = False) -> None:
+        before = self._refused.get(_key(wanted, is_proven))
         pause_s = min(2 * before.pause_s, LONGEST_PAUSE_S) if before else FIRST_PAUSE_S
-        self._refused[_key(wanted)] = Refusal(pause_s, self._clock() + pause_s)
+        self._refused[_key(wanted, is_proven)] = Refusal(pause_s, self._clock() + pause_s)
 
     def _complain(self, alias: str, reason: str | None) -> None:
         """Note, or forget, why an alias is not followed."""
@@ -198,18 +282,18 @@ class Follower:
         if reason:
             _log.warning("%s@%s is not followed: %s", self.model.name, alias, reason)
         others = {key: text for key, text in self.standing.troubles.items() if key != alias}
-        self.standing = replace(self.standing, troubles=others | ({alias: reason} if reason else {}))
+        self._stand(troubles=others | ({alias: reason} if reason else {}))
 
 
 class Reconciler:
-    """Every model of an application, each followed on its own; tells whoever asks what is served.
+    """Every model of an application, each alias followed on its own; tells whoever asks what is served.
 
     Attributes:
         tasks: those that do it, once it has begun; none of them ends.
     """
 
     def __init__(self, models: Sequence[ModelArgs], aliases: Aliases, stage: Stage, poll_s: float) -> None:
-        self._followers = [Follower(model, aliases, stage) for model in models]
+        self._followers = [Follower(model, aliases, stage, self._publish) for model in models]
         self._stage = stage
         self._poll_s = poll_s
         self._roster = Roster({})
@@ -218,7 +302,8 @@ class Reconciler:
 
     def begin(self) -> None:
         """Start following, on the running loop."""
-        self.tasks = [asyncio.get_running_loop().create_task(self._mind())]
+        steps = [step for one in self._followers for step in (one.follow_live, one.follow_challenger, one.tidy)]
+        self.tasks = [asyncio.get_running_loop().create_task(self._repeat(step)) for step in steps]
 
     def check(self) -> None:
         """Raise where a task has ended, which none should."""
@@ -234,32 +319,16 @@ class Reconciler:
                     await self._news.wait()
         return self._roster, self._stage.handles()
 
-    async def _mind(self) -> None:
-        await asyncio.gather(self._sweep(), *map(self._follow, self._followers))
-
-    async def _follow(self, follower: Follower) -> None:
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await follower.step()
-            self._publish()
-            await follower.let_go()
+            await step()
             await asyncio.sleep(self._poll_s)
 
     def _publish(self) -> None:
-        """Make a new roster where a standing has changed, and wake those who wait for it."""
-        standings = {follower.model.name: follower.standing for follower in self._followers}
-        if standings != self._roster.standings:
-            self._roster = Roster.of(list(standings.values()))
-            self._news.set()
-            self._news = asyncio.Event()
-
-    async def _sweep(self) -> None:
-        """Unload, once, what an earlier reconciler has left and nobody asks for, after everything is live."""
-        while not all(follower.standing.live for follower in self._followers):
-            await asyncio.sleep(self._poll_s)
-        wanted = {served.app for served in self._roster.versions}
-        for app in await self._stage.loaded():
-            if app not in wanted:
-                await self._stage.unload(app)
+        """Make a new roster, and wake those who wait for it."""
+        self._roster = Roster.of([follower.standing for follower in self._followers])
+        self._news.set()
+        self._news = asyncio.Event()
 
 
 def is_same(one: Served, other: Served) -> bool:
@@ -267,5 +336,18 @@ def is_same(one: Served, other: Served) -> bool:
     return (one.version, one.weights) == (other.version, other.weights)
 
 
-def _key(served: Served) -> tuple[str, str]:
-    return served.version, served.weights
+def shown(text: str) -> str:
+    """A reason as whoever may ask the endpoint may read it: without passwords in addresses, and without folders."""
+    return _FOLDERS.sub("", _PASSWORD.sub("", text))
+
+
+def _reason(error: Exception) -> str:
+    """Why an alias is not followed, for whoever may ask the endpoint."""
+    if isinstance(error, VentralError):
+        return shown(str(error))
+    _log.error("unforeseen", exc_info=error)
+    return f"an unforeseen {type(error).__name__}; the reconciler's log tells more"
+
+
+def _key(served: Served, is_proven: bool) -> tuple[str, str, bool]:
+    return served.version, served.weights, is_proven

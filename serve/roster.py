@@ -24,6 +24,7 @@ class Standing:
         kept: versions that are still loaded, so that an alias that moves back finds them; newest first.
         share: of requests that the challenger answers, 0 to 1.
         shadow: of the live version's requests that the challenger is asked too, 0 to 1.
+        also: further aliases that mean the live version now.
         troubles: by alias, why what it points to is not served.
     """
 
@@ -33,12 +34,22 @@ class Standing:
     kept: tuple[Served, ...] = ()
     share: float = 0.0
     shadow: float = 0.0
+    also: tuple[str, ...] = ()
     troubles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def versions(self) -> tuple[Served, ...]:
         """Every version that can be asked, the live one first."""
         return tuple(one for one in (self.live, self.challenger, *self.kept) if one is not None)
+
+    def find(self, alias: str, version: str | None) -> Served | None:
+        """The version that an alias ("": any) and a number (None: any) mean, if it can be asked."""
+        if alias in self.also and self.live and version in {None, self.live.version}:
+            return self.live
+        return next(
+            (one for one in self.versions if version in {None, one.version} and alias in {"", one.alias}),
+            None,
+        )
 
     def pick(self, key: str) -> Served | None:
         """The version that answers a request which names none; the same for equal keys.
@@ -70,9 +81,15 @@ class Roster:
         """A new one."""
         return cls({one.name: one for one in standings}, uuid.uuid4().hex)
 
-    def with_standing(self, standing: Standing) -> Roster:
-        """The same but for one model."""
-        return replace(self, standings={**self.standings, standing.name: standing}, token=uuid.uuid4().hex)
+    def after(self, last: Roster) -> Roster:
+        """The same, but no model that was live in the last one is not: it keeps its versions, and its new troubles."""
+        before = {name: one for name, one in last.standings.items() if one.live and name in self.standings}
+        kept = {
+            name: replace(before[name], troubles=one.troubles)
+            for name, one in self.standings.items()
+            if one.live is None and name in before
+        }
+        return replace(self, standings={**self.standings, **kept})
 
     @property
     def versions(self) -> tuple[Served, ...]:

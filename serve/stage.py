@@ -1,20 +1,23 @@
 """Where versions are loaded: each is an application of Ray Serve of its own, without a route, scaled by its own load.
 
 So a version is added, drained and removed without touching another, and one that cannot be loaded takes none with it.
-Its name says what it holds: `<application>.<model>.<version>.<digest of weights and arguments>`, so a reconciler that
-is started anew finds what its predecessor has loaded.
+Its name says what it holds: `<application>+<model>+<version>+<digest of weights, arguments and code>`, so a reconciler
+that is started anew finds what its predecessor has loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
+import ray
 import ray.serve
 from ray.serve.api import RunTarget, run_many
 from ray.serve.config import AutoscalingConfig
@@ -29,41 +32,53 @@ from serve.schemas import Autoscaling, ModelArgs, Refused, Served, Told, Wanted
 START_ATTEMPTS = 3
 """Of a replica, before its deployment has failed; 20 by default."""
 POLL_S = 0.25
-REHEARSAL_S = 60.0
+DRAIN_MARGIN_S = 5.0
 _FAILED = {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
+_NOT_THERE = {ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOY_FAILED}
 
 
 class RayStage:
     """Ray Serve as `serve.reconciler.Stage`."""
 
-    def __init__(self, application: str) -> None:
-        self._prefix = f"{application}."
+    def __init__(self, application: str, answer_s: float) -> None:
+        self._application = application
+        self._answer_s = answer_s
         self._handles: dict[str, Any] = {}
 
+    async def find(self, served: Served, model: ModelArgs) -> Served | None:
+        """A version that is loaded, or is just being loaded; None: it is not, and nothing is done about it."""
+        app, deadline = self._name(served, model), time.monotonic() + model.load_s
+        while (found := await self._status(app))[0] not in _NOT_THERE:
+            if found[0] == ApplicationStatus.RUNNING:
+                return await self._placed(served, app)
+            if time.monotonic() > deadline:
+                raise ClusterError(f"version {served.version} is {found[0].value.lower()} for {model.load_s:g} s")
+            await asyncio.sleep(POLL_S)
+        return None
+
     async def load(self, served: Served, model: ModelArgs) -> Served:
-        """Load a version, or find it loaded; the same with its place.
+        """Load a version; the same with its place. What could not be loaded is removed again.
 
         Raises:
             ClusterError: no replica has loaded it within `load_s`, or each one has failed.
         """
         app, deadline = self._name(served, model), time.monotonic() + model.load_s
-        status, reason = await self._status(app)
-        while status == ApplicationStatus.DELETING and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
-            status, reason = await self._status(app)
-        if status != ApplicationStatus.RUNNING:
-            await asyncio.to_thread(_run, bound(served, model), app)
-        while (found := await self._status(app))[0] != ApplicationStatus.RUNNING:
-            status, reason = found
-            if status in _FAILED or time.monotonic() > deadline:
+        try:
+            await asyncio.to_thread(_run, bound(served, model, self._answer_s), app)
+            while (found := await self._status(app))[0] != ApplicationStatus.RUNNING:
+                if found[0] in _FAILED:
+                    raise ClusterError(found[1])
+                if time.monotonic() > deadline:
+                    wants = "has the cluster the CPUs and GPUs for a second version?"
+                    raise ClusterError(f"version {served.version} is not loaded within {model.load_s:g} s; {wants}")
+                await asyncio.sleep(POLL_S)
+            return await self._placed(served, app)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the reason counts
                 await self.unload(app)
-                late = f"not loaded within {model.load_s:g} s; has the cluster the CPUs and GPUs for a second version?"
-                raise ClusterError(reason if status in _FAILED else late)
-            await asyncio.sleep(POLL_S)
-        self._handles[app] = await asyncio.to_thread(ray.serve.get_app_handle, app)
-        return replace(served, app=app)
+            raise
 
-    async def rehearse(self, served: Served) -> None:
+    async def rehearse(self, served: Served, model: ModelArgs) -> None:
         """Have a loaded version answer the golden images of its bundle, through the road of every request.
 
         Raises:
@@ -71,24 +86,24 @@ class RayStage:
             TimeoutError: it does not answer.
         """
         handle = self._handles[served.app]
-        async with asyncio.timeout(REHEARSAL_S):
+        async with asyncio.timeout(model.load_s):  # a replica that sleeps has to be woken
             await handle.ready.remote()
             for image, expected in golden.load(served.bundle):
-                wanted = Wanted(top_k=len(expected.labels), score_threshold=golden.MIN_SCORE)
+                wanted = Wanted(top_k=len(expected.labels), **golden.SELECTED)
                 [told] = await handle.predict.remote((image,), wanted)
                 if isinstance(told, Refused):
                     raise ModelError(f"{expected.file}: refused ({told.reason}): {told.message}")
                 golden.check(expected, _answer(told))
 
     async def unload(self, app: str) -> None:
-        """Let what is loaded in a place go, once what it has been asked is answered."""
+        """Let what is loaded in a place go, once what it has been asked is answered; does not wait for it."""
         self._handles.pop(app, None)
-        await asyncio.to_thread(ray.serve.delete, app)
+        await asyncio.to_thread(ray.serve.delete, app, _blocking=False)
 
-    async def loaded(self) -> Sequence[str]:
-        """Every place that something of this application is loaded in."""
+    async def loaded(self, model: ModelArgs) -> Sequence[str]:
+        """Every place that a version of a model is loaded in."""
         status = await asyncio.to_thread(ray.serve.status)
-        return [app for app in status.applications if app.startswith(self._prefix)]
+        return [app for app in status.applications if app.split("+")[:2] == [self._application, model.name]]
 
     def handles(self) -> Mapping[str, Any]:
         """How replicas are reached, by place."""
@@ -97,8 +112,14 @@ class RayStage:
     def _name(self, served: Served, model: ModelArgs) -> str:
         """Of the place that holds a version: another one where replicas would be others."""
         args = model.model_dump_json(exclude={"alias", "challenger", "load_s", "keep_s"})
-        digest = hashlib.sha256(f"{served.weights} {served.bundle} {args}".encode()).hexdigest()
-        return f"{self._prefix}{served.name}.{served.version}.{digest[:8]}"
+        code = f"{metadata.version('ventral')} {ray.get_runtime_context().get_runtime_env_string()}"
+        told = f"{served.weights} {served.bundle} {args} {self._answer_s} {code}"
+        return f"{self._application}+{served.name}+{served.version}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+    async def _placed(self, served: Served, app: str) -> Served:
+        if app not in self._handles:
+            self._handles[app] = await asyncio.to_thread(ray.serve.get_app_handle, app)
+        return replace(served, app=app)
 
     async def _status(self, app: str) -> tuple[ApplicationStatus, str]:
         status = await asyncio.to_thread(ray.serve.status)
@@ -116,8 +137,8 @@ def _answer(told: Told) -> Answer:
     return Detections(np.array(told.boxes, np.float32).reshape(-1, 4), labels, scores)
 
 
-def bound(served: Served, args: ModelArgs) -> ray.serve.Application:
-    """One version as a graph of one deployment."""
+def bound(served: Served, args: ModelArgs, answer_s: float) -> ray.serve.Application:
+    """One version as a graph of one deployment, whose replicas end what they have begun within `answer_s`."""
     deployment = ray.serve.deployment(
         name=args.name,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
@@ -125,6 +146,7 @@ def bound(served: Served, args: ModelArgs) -> ray.serve.Application:
         max_ongoing_requests=4 * args.batch.max_size,  # one batch computed, one waiting, two being decoded
         max_queued_requests=args.max_queued,
         max_constructor_retry_count=START_ATTEMPTS,
+        graceful_shutdown_timeout_s=answer_s + DRAIN_MARGIN_S,
     )
     return deployment(Replica).bind(served, args)
 

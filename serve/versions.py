@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -32,6 +34,8 @@ class Versions:
     def __init__(self, args: AppArgs) -> None:
         self._uri = args.registry or os.environ.get(REGISTRY)
         self._cache = args.cache.resolve()
+        self._lock = threading.Lock()
+        self._folders: dict[Any, Bundle] = {}
         self._checked: dict[Any, tuple[Bundle, str | None]] = {}
 
     def settle(self, model: ModelArgs, alias: str) -> Served:
@@ -44,53 +48,59 @@ class Versions:
             BundleError: the bundle is damaged.
         """
         if model.bundle is not None:
-            found = bundle.load(model.bundle.resolve())
+            found = self._folder(model.bundle.resolve())
             return _served(model, found.card.weights_sha256[:12], None, found)
+        uri = self._registry(model)
+        from pipeline.tracking import registry  # noqa: PLC0415  (MLflow takes seconds to import; folders need none)
+
+        return self._fetched(model, alias, registry.resolve(uri, f"{model.name}@{alias}"))
+
+    def settle_if_any(self, model: ModelArgs, alias: str) -> Served | None:
+        """What an alias means now; None where the model has none of the name."""
+        from pipeline.tracking import registry  # noqa: PLC0415
+
+        version = registry.holder(self._registry(model), model.name, alias)
+        return None if version is None else self._fetched(model, alias, version)
+
+    def last(self, model: ModelArgs, alias: str) -> Served | None:
+        """What an alias meant when it was last served, from the copy on disk; None where it never was."""
+        from pipeline.tracking.registry import Version  # noqa: PLC0415
+
+        said = None if model.bundle is not None else self._memory().get(model.name, {}).get(alias)
+        return said and self._fetched(model, alias, TypeAdapter(Version).validate_python(said))
+
+    def remember(self, served: Served) -> None:
+        """Write down that a version is served by its alias."""
+        with self._lock:
+            known = [key for key in self._checked if (key.name, key.version) == (served.name, served.version)]
+            if not known:
+                return  # a folder's
+            memory = self._memory()
+            memory.setdefault(served.name, {})[served.alias] = asdict(known[-1])
+            path = self._cache / MEMORY
+            try:
+                partial = path.with_suffix(f".partial-{os.getpid()}")
+                partial.write_text(json.dumps(memory, indent=2))
+                partial.replace(path)
+            except OSError as error:
+                _log.warning("%s: not written, so a start without the registry will not find it: %s", path, error)
+
+    def _folder(self, path: Path) -> Bundle:
+        """A folder's bundle, looked at again when its files change."""
+        files = [path / name for name in (bundle.CARD, bundle.WEIGHTS)]
+        key = (path, *(file.stat().st_mtime_ns if file.exists() else 0 for file in files))
+        if key not in self._folders:
+            others = {old: one for old, one in self._folders.items() if old[0] != path}
+            self._folders = {**others, key: bundle.load(path)}
+        return self._folders[key]
+
+    def _registry(self, model: ModelArgs) -> str:
         if not self._uri:
             raise ConfigError(
                 f"model '{model.name}' is to come from the registry, but there is none: "
                 f"set 'registry' in the application's args, or {REGISTRY}"
             )
-        from pipeline.tracking import registry  # noqa: PLC0415  (MLflow takes seconds to import; folders need none)
-
-        version = registry.resolve(self._uri, f"{model.name}@{alias}")
-        return self._fetched(model, alias, version)
-
-    def settle_or_last(self, model: ModelArgs, alias: str) -> Served:
-        """What an alias means now or, while the registry is away, meant when it was last served."""
-        try:
-            return self.settle(model, alias)
-        except TrackingError as error:
-            said = self._memory().get(model.name, {}).get(alias)
-            if said is None or _is_refused(error):
-                raise
-            from pipeline.tracking.registry import Version  # noqa: PLC0415
-
-            return self._fetched(model, alias, TypeAdapter(Version).validate_python(said))
-
-    def settle_if_any(self, model: ModelArgs, alias: str) -> Served | None:
-        """What an alias means now; None where the registry knows no such alias."""
-        try:
-            return self.settle(model, alias)
-        except TrackingError as error:
-            if not _is_refused(error):
-                raise
-            return None
-
-    def remember(self, served: Served) -> None:
-        """Write down that a version is served by its alias."""
-        version = next((key for key in self._checked if (key.name, key.version) == (served.name, served.version)), None)
-        if version is None:
-            return  # a folder's
-        memory = self._memory()
-        memory.setdefault(served.name, {})[served.alias] = asdict(version)
-        path = self._cache / MEMORY
-        try:
-            partial = path.with_suffix(f".partial-{os.getpid()}")
-            partial.write_text(json.dumps(memory, indent=2))
-            partial.replace(path)
-        except OSError as error:
-            _log.warning("%s could not be written, so a start without the registry will not find it: %s", path, error)
+        return self._uri
 
     def _memory(self) -> dict[str, Any]:
         try:
@@ -105,7 +115,9 @@ class Versions:
         version = replace(version, aliases=())  # which change without it
         if version not in self._checked:  # weights are hundreds of megabytes: looking at them once is enough
             found = registry.fetch(self._uri or "", version, self._cache)
-            self._checked[version] = found, registry.run_url(self._uri or "", version)
+            link = registry.run_url(self._uri or "", version)
+            with self._lock:
+                self._checked[version] = found, link
         return _served(model, version.version, alias, *self._checked[version])
 
 
@@ -116,7 +128,17 @@ def settle_all(args: AppArgs) -> list[Served]:
         As `Versions.settle`.
     """
     versions = Versions(args)
-    return [versions.settle_or_last(model, model.alias) for model in args.models]
+    return [_settled(versions, model) for model in args.models]
+
+
+def _settled(versions: Versions, model: ModelArgs) -> Served:
+    try:
+        return versions.settle(model, model.alias)
+    except TrackingError as error:
+        last = None if _is_refused(error) else versions.last(model, model.alias)
+        if last is None:
+            raise
+        return last
 
 
 def _is_refused(error: TrackingError) -> bool:

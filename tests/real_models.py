@@ -7,11 +7,8 @@ import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import pytest
-import ray.serve
 import torch
 from fastapi import FastAPI
 
@@ -61,10 +58,7 @@ def real_application(folder: Path, **limits: Any) -> Iterator[FastAPI]:
     digits = bundle.save(folder / "tiny", models.build(config), config, classes=tuple(map(str, range(10))))
     boxes = small_detection.untaught(folder / "boxes", small_detection.CLASSES)
     named = (ModelArgs(name="tiny", bundle=digits.path), ModelArgs(name="boxes", bundle=boxes.path))
-    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=64))
-    with pytest.MonkeyPatch.context() as patch:  # Ray's batching asks its replica for this one number
-        patch.setattr(ray.serve, "get_replica_context", lambda: context)
-        replicas = Replicas(AppArgs(models=named))
-        roster = Roster.of([Standing(served.name, served) for served in replicas.served])
-        yield application(Gate(roster, Limits(**limits), replicas))
-        replicas.close()
+    replicas = Replicas(AppArgs(models=named))
+    roster = Roster.of([Standing(served.name, served) for served in replicas.served])
+    yield application(Gate(roster, Limits(**limits), replicas))
+    replicas.close()

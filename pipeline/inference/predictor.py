@@ -10,6 +10,7 @@ trained with, which takes a second or more for a photo. Evaluation reads what `j
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -107,11 +108,19 @@ class Predictor:
         """Answer about as many pictures without content, so that the first real ones wait for nothing."""
         self.predict_batch(engine.blank(self.model, self.card.model, num_images))
 
-    def predict(self, images: Sequence[bytes]) -> list[Answer | ImageError]:
-        """Answer about encoded images, in their order; what is not an image gets its error in its place."""
+    def predict(self, images: Sequence[bytes], select: dict[str, Any] | None = None) -> list[Answer | ImageError]:
+        """Answer about encoded images, in their order; what is not an image gets its error in its place.
+
+        Args:
+            images: encoded.
+            select: keys of a detector's `Selection` that are others than the model's.
+        """
         samples = [self._try_decode(data) for data in images]
         good = [sample for sample in samples if isinstance(sample, Sample)]
-        answers = iter(self.predict_batch(to_batch(good)) if good else [])
+        selects = None
+        if select and isinstance(self.model, Detector):
+            selects = [self.model.select.model_copy(update=select)] * len(good)
+        answers = iter(self.predict_batch(to_batch(good), selects) if good else [])
         return [next(answers) if isinstance(sample, Sample) else sample for sample in samples]
 
     def _try_decode(self, data: bytes) -> Sample | ImageError:

@@ -55,7 +55,7 @@ def test_a_replica_that_is_killed_costs_no_request(url: str, ray_head: Service, 
     until(lambda: replicas(ray_head, "tiny") == 2)
     with Load(f"{url}/predict/tiny", picture(), num_clients=4) as load:
         until(lambda: len(load.statuses) > 20)
-        process(ray_head, "ventral.tiny").kill()
+        process(ray_head, "ventral+tiny").kill()
         seen = len(load.statuses)
         until(lambda: len(load.statuses) > seen + 50)
         until(lambda: replicas(ray_head, "tiny") == 2)
@@ -76,7 +76,7 @@ def test_an_ingress_that_is_killed_comes_back_and_nobody_hangs(
 
 
 def test_a_reconciler_that_is_killed_costs_nothing(url: str, ray_head: Service, picture: Callable[..., bytes]) -> None:
-    before = {one.pid for one in _members(ray_head) if "ServeReplica:ventral.tiny" in " ".join(one.cmdline())}
+    before = {one.pid for one in _members(ray_head) if "ServeReplica:ventral+tiny" in " ".join(one.cmdline())}
     old = process(ray_head, "ventral:reconciler")
     with Load(f"{url}/predict/tiny", picture(), num_clients=2) as load:
         old.kill()
@@ -85,7 +85,7 @@ def test_a_reconciler_that_is_killed_costs_nothing(url: str, ray_head: Service, 
         seen = len(load.statuses)
         until(lambda: len(load.statuses) > seen + 50)
     load.expect_no_failure()
-    after = {one.pid for one in _members(ray_head) if "ServeReplica:ventral.tiny" in " ".join(one.cmdline())}
+    after = {one.pid for one in _members(ray_head) if "ServeReplica:ventral+tiny" in " ".join(one.cmdline())}
     assert after == before  # what was loaded has been found again
 
 

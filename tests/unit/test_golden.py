@@ -14,6 +14,7 @@ from pipeline import models
 from pipeline.errors import BundleError, ImageError, ModelError
 from pipeline.inference import bundle, golden
 from pipeline.inference.predictor import Predictor
+from pipeline.models._detector import DetectorConfig
 from pipeline.types import Classification, Detections
 from tests.small_detection import CLASSES, photo, untaught
 
@@ -86,6 +87,8 @@ def test_damaged_golden_images_are_one_sentence(tmp_path: Path, damage: str) -> 
         ([2, 4, 0], [0.46, 0.45, 0.09], False),  # two classes have changed places by more than rounding
         ([2, 0, 4], [0.6, 0.3, 0.1], False),
         ([4, 0, 1], [0.65, 0.3, 0.05], False),  # the second is not there any more
+        ([4, 2, 0], [float("nan"), 0.3, 0.1], False),
+        ([7, 4, 2], [0.4, 0.35, 0.25], False),  # another is best
     ],
 )
 def test_check_of_a_classification_by_hand(labels: list[int], scores: list[float], fits: bool) -> None:
@@ -120,6 +123,19 @@ def test_check_of_detections_by_hand(change: dict[str, np.ndarray], fits: bool) 
     else:
         with pytest.raises(ModelError, match="is in one of two answers only"):
             golden.check(EXPECTED, found)
+
+
+def test_golden_detections_do_not_depend_on_the_models_own_selection(tmp_path: Path) -> None:
+    made = untaught(tmp_path / "b", CLASSES)
+    assert isinstance(made.card.model, DetectorConfig)
+    select = made.card.model.select.model_copy(update={"max_detections": 1, "score_threshold": 0.9})
+    few = made.card.model.model_copy(update={"select": select})
+    other = bundle.save(tmp_path / "few", made.build(), few, classes=CLASSES)
+    for each in (made, other):
+        golden.keep(each, [photo(4, 90, 70)])
+    ((_, one),), ((_, same),) = golden.load(made.path), golden.load(other.path)
+    assert len(one.labels) > 1
+    assert sorted(one.labels) == sorted(same.labels)
 
 
 def test_check_of_detections_notices_one_too_many() -> None:

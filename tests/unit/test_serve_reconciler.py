@@ -25,7 +25,7 @@ class Registry:
 
     def __init__(self, champion: int | Exception = 1, challenger: int | Exception | None = None) -> None:
         self.points: dict[str, int | Exception | None] = {"champion": champion, "challenger": challenger}
-        self.last: int | None = None
+        self.was: int | None = None
         self.remembered: list[str] = []
 
     def settle(self, model: ModelArgs, alias: str) -> Served:
@@ -35,10 +35,8 @@ class Registry:
         assert found is not None
         return version(found, alias)
 
-    def settle_or_last(self, model: ModelArgs, alias: str) -> Served:
-        if isinstance(self.points[alias], TrackingError) and self.last is not None:
-            return version(self.last, alias)
-        return self.settle(model, alias)
+    def last(self, model: ModelArgs, alias: str) -> Served | None:
+        return None if self.was is None else version(self.was, alias)
 
     def settle_if_any(self, model: ModelArgs, alias: str) -> Served | None:
         return None if self.points[alias] is None else self.settle(model, alias)
@@ -55,20 +53,26 @@ class Loading:
         self.did: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.answers_wrongly: dict[str, Exception] = {}
+        self.slow: set[str] = set()
         self.during: Any = None
+
+    async def find(self, served: Served, model: ModelArgs) -> Served | None:
+        app = f"app-{served.version}"
+        return replace(served, app=app) if app in self.apps else None
 
     async def load(self, served: Served, model: ModelArgs) -> Served:
         app = f"app-{served.version}"
         self.did.append(f"load {served.version}")
         if self.during is not None:
             self.during()
+        if served.version in self.slow:
+            await asyncio.sleep(60)
         if served.version in self.fails:
             raise self.fails[served.version]
-        if app not in self.apps:
-            self.apps.append(app)
+        self.apps.append(app)
         return replace(served, app=app)
 
-    async def rehearse(self, served: Served) -> None:
+    async def rehearse(self, served: Served, model: ModelArgs) -> None:
         if served.version in self.answers_wrongly:
             raise self.answers_wrongly[served.version]
 
@@ -76,8 +80,8 @@ class Loading:
         self.did.append(f"unload {app.removeprefix('app-')}")
         self.apps.remove(app)
 
-    async def loaded(self) -> Sequence[str]:
-        return self.apps
+    async def loaded(self, model: ModelArgs) -> Sequence[str]:
+        return list(self.apps)
 
     def handles(self) -> Mapping[str, Any]:
         return {app: f"handle of {app}" for app in self.apps}
@@ -89,11 +93,21 @@ class Case:
     def __init__(self, registry: Registry, **model: Any) -> None:
         self.registry, self.stage, self.now_s = registry, Loading(), 0.0
         self.args = ModelArgs(**({"name": "digits", "keep_s": 100.0} | model))
-        self.follower = Follower(self.args, registry, self.stage, clock=lambda: self.now_s)
+        self.published: list[str | None] = []
+        self.follower = Follower(self.args, registry, self.stage, self.publish, clock=lambda: self.now_s)
 
-    def step(self) -> None:
-        asyncio.run(self.follower.step())
-        asyncio.run(self.follower.let_go())
+    def publish(self) -> None:
+        self.published.append(self.live)
+
+    def step(self, now_s: float | None = None) -> None:
+        self.now_s = self.now_s if now_s is None else now_s
+
+        async def once() -> None:
+            await self.follower.follow_live()
+            await self.follower.follow_challenger()
+            await self.follower.tidy()
+
+        asyncio.run(once())
 
     @property
     def live(self) -> str | None:
@@ -124,12 +138,13 @@ def test_step_after_the_alias_has_moved_keeps_the_version_before_for_a_while() -
     case.registry.points["champion"] = 2
     case.step()
     assert (case.live, case.kept) == ("2", ["1"])
-    case.now_s = 99.0
-    case.step()
+    case.step(99.0)
     assert case.kept == ["1"]
-    case.now_s = 100.0
-    case.step()
-    assert (case.live, case.kept, case.stage.apps) == ("2", [], ["app-2"])
+    case.step(100.0)
+    assert (case.live, case.kept, case.stage.apps) == ("2", [], ["app-1", "app-2"])  # nobody is told of it any more
+    case.step(100.0 + TURN_S - 1)
+    assert case.stage.apps == ["app-1", "app-2"]
+    case.step(100.0 + TURN_S)
     assert case.stage.did == ["load 1", "load 2", "unload 1"]
 
 
@@ -138,14 +153,22 @@ def test_a_version_is_kept_until_every_ingress_has_turned_away_however_short_kee
     case.step()
     case.registry.points["champion"] = 2
     case.step()
-    case.now_s = TURN_S - 1
+    case.step(TURN_S - 1)
+    assert case.kept == ["1"]
+    case.step(TURN_S)
+    assert case.kept == []
+
+
+def test_an_alias_that_moves_back_to_what_is_about_to_be_unloaded_keeps_it() -> None:
+    case = Case(Registry(1))
     case.step()
-    assert case.stage.apps == ["app-1", "app-2"]
-    case.now_s = TURN_S
-    asyncio.run(case.follower.step())
-    assert (case.kept, case.stage.apps) == ([], ["app-1", "app-2"])  # first nobody is told of it any more
-    asyncio.run(case.follower.let_go())
-    assert case.stage.apps == ["app-2"]
+    case.registry.points["champion"] = 2
+    case.step()
+    case.step(100.0)
+    case.registry.points["champion"] = 1
+    case.step(101.0)
+    case.step(100.0 + 3 * TURN_S)
+    assert (case.live, case.stage.did) == ("1", ["load 1", "load 2"])
 
 
 def test_a_version_that_is_loaded_is_neither_rehearsed_nor_unloaded_again() -> None:
@@ -158,18 +181,22 @@ def test_a_version_that_is_loaded_is_neither_rehearsed_nor_unloaded_again() -> N
     assert case.stage.did == ["load 1", "load 2"]
 
 
-def test_what_cannot_be_unloaded_stops_nothing() -> None:
+def test_what_cannot_be_unloaded_stops_nothing_and_is_tried_again() -> None:
     class Stuck(Loading):
         async def unload(self, app: str) -> None:
+            self.did.append("try")
             raise RuntimeError("the controller does not answer")
 
     case = Case(Registry(1))
     case.stage = case.follower._stage = Stuck()
     case.step()
-    for number, now_s in ((2, 0.0), (2, 200.0), (3, 201.0)):
-        case.registry.points["champion"], case.now_s = number, now_s
-        case.step()
+    case.registry.points["champion"] = 2
+    for now_s in (0.0, 100.0, 120.0, 121.0):
+        case.step(now_s)
+    case.registry.points["champion"] = 3
+    case.step()
     assert case.live == "3"
+    assert case.stage.did.count("try") >= 2
 
 
 def test_an_alias_that_moves_back_finds_its_version_loaded() -> None:
@@ -206,7 +233,7 @@ def test_a_version_that_cannot_be_taken_is_tried_again_after_pauses_that_double(
     pauses = [after - before for before, after in itertools.pairwise(tried_s)]
     assert pauses[:4] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S]
     assert max(pauses) == LONGEST_PAUSE_S
-    assert case.troubles == {"champion": "RuntimeError: no room"}
+    assert case.troubles == {"champion": "an unforeseen RuntimeError; the reconciler's log tells more"}
     del case.stage.fails["2"]
     case.now_s += LONGEST_PAUSE_S
     case.step()
@@ -239,7 +266,7 @@ def test_a_registry_that_fails_changes_nothing_but_says_so_until_it_answers(erro
 
 def test_a_start_without_the_registry_serves_what_was_served_last() -> None:
     case = Case(Registry(TrackingError("no MLflow server answers")))
-    case.registry.last = 7
+    case.registry.was = 7
     case.step()
     assert case.live == "7"
     case.step()
@@ -253,8 +280,8 @@ def test_an_alias_that_moves_on_while_its_version_is_loaded_is_not_served_by_tha
     case.stage.during = lambda: case.registry.points.update(champion=1)  # somebody takes it back
     case.step()
     assert (case.live, case.kept) == ("1", ["2"])
-    case.now_s = 100.0
-    case.step()
+    for now_s in (100.0, 100.0 + TURN_S):
+        case.step(now_s)
     assert case.stage.apps == ["app-1"]
 
 
@@ -296,18 +323,105 @@ def test_a_challenger_that_fails_leaves_the_live_version_alone() -> None:
     assert case.troubles == {"challenger": "another answer"}
 
 
-def test_reconciler_tells_news_at_once_and_unloads_what_a_predecessor_left() -> None:
+def test_a_challenger_that_is_loaded_slowly_holds_nothing_up() -> None:
+    """The live version is published, and a rollback followed, while the challenger takes its minute."""
+    case = Case(Registry(2, challenger=3), challenger={})
+    case.stage.slow = {"3"}
+
+    async def scenario() -> None:
+        await case.follower.follow_live()
+        assert case.published == ["2"]
+        slow = asyncio.create_task(case.follower.follow_challenger())
+        await asyncio.sleep(0.05)
+        case.registry.points["champion"] = 1
+        await case.follower.follow_live()
+        assert case.live == "1"
+        case.now_s = 1000.0
+        await case.follower.tidy()  # nothing is unloaded while something is being loaded
+        assert case.stage.apps == ["app-2", "app-1"]
+        slow.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_model_is_not_replaced_by_one_of_another_task() -> None:
+    case = Case(Registry(1))
+    case.step()
+    settle = case.registry.settle
+    case.registry.settle = lambda model, alias: replace(settle(model, alias), task="detection")  # type: ignore[method-assign]
+    case.registry.points["champion"] = 2
+    case.step()
+    assert case.live == "1"
+    assert "version 2 is for detection, version 1, which is served, for classification" in case.troubles["champion"]
+
+
+def test_an_alias_that_means_the_live_version_too_reaches_it() -> None:
+    case = Case(Registry(1, challenger=1), challenger={})
+    case.step()
+    standing = case.follower.standing
+    assert (standing.challenger, standing.also) == (None, ("challenger",))
+    assert standing.find("challenger", None) == standing.live
+    assert standing.find("challenger", "2") is None
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [ModelError("another answer"), TrackingError("model 'digits' has no alias 'champion'"), OSError("no space left")],
+)
+def test_a_reconciler_that_is_started_anew_serves_the_last_version_where_the_wanted_one_cannot_be(
+    trouble: Exception,
+) -> None:
+    """Its predecessor had version 1 live, and the alias points to what cannot be taken."""
+    case = Case(Registry(2))
+    case.registry.was, case.stage.apps = 1, ["app-1"]
+    if isinstance(trouble, ModelError):
+        case.stage.fails["2"] = trouble
+    else:
+        case.registry.points["champion"] = trouble
+    case.step()
+    assert (case.live, case.stage.apps) == ("1", ["app-1"])
+    assert set(case.troubles) == {"champion"}
+
+
+def test_a_reconciler_that_is_started_anew_finds_what_is_loaded_and_unloads_nothing_of_it_when_it_is_too_busy() -> None:
+    case = Case(Registry(1))
+    case.registry.was, case.stage.apps = 1, ["app-1"]
+    case.stage.answers_wrongly["1"] = TimeoutError()
+    for now_s in (0.0, 1000.0, 2000.0):
+        case.step(now_s)
+    assert (case.live, case.stage.did) == ("1", [])
+
+
+def test_a_registry_that_goes_away_while_a_version_is_loaded_refuses_nothing() -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.registry.points["champion"] = 2
+    case.stage.during = lambda: case.registry.points.update(champion=TrackingError("no MLflow server answers"))
+    case.step()
+    assert (case.live, case.kept) == ("1", ["2"])
+    case.registry.points["champion"] = 2
+    case.step()
+    assert (case.live, case.stage.did) == ("2", ["load 1", "load 2"])
+
+
+def test_troubles_tell_no_password_and_no_folder() -> None:
+    case = Case(
+        Registry(TrackingError("http://bob:secret@10.0.0.1:5000: /srv/cache/digits/3/model.json is not a card"))
+    )
+    case.step()
+    assert case.troubles == {"champion": "http://10.0.0.1:5000: model.json is not a card"}
+
+
+def test_reconciler_tells_news_at_once() -> None:
     async def scenario() -> None:
         registry, stage = Registry(1), Loading()
-        stage.apps = ["app-1", "app-of-yore"]
+        stage.apps = ["app-1"]
         reconciler = Reconciler([ModelArgs(name="digits")], registry, stage, poll_s=0.01)
         reconciler.begin()
         async with asyncio.timeout(10):
             first, handles = await reconciler.roster("")
             assert first.standings["digits"].live == version(1, app="app-1")
             assert handles["app-1"] == "handle of app-1"
-            while "app-of-yore" in stage.apps:
-                await asyncio.sleep(0.01)
             waiting = asyncio.create_task(reconciler.roster(first.token))
             registry.points["champion"] = 2
             second, handles = await waiting
@@ -319,16 +433,26 @@ def test_reconciler_tells_news_at_once_and_unloads_what_a_predecessor_left() -> 
     asyncio.run(scenario())
 
 
-def test_reconciler_whose_task_has_ended_is_not_healthy() -> None:
-    class Broken(Loading):
-        async def loaded(self) -> Sequence[str]:
-            raise OSError("gone")
+def test_what_a_predecessor_left_is_unloaded_once_nobody_can_ask_it() -> None:
+    case = Case(Registry(1, challenger=2), challenger={})
+    case.stage.apps = ["app-1", "app-2", "app-of-yore"]
+    case.step()
+    case.step(TURN_S - 1)
+    assert case.stage.apps == ["app-1", "app-2", "app-of-yore"]
+    case.step(TURN_S)
+    assert case.stage.apps == ["app-1", "app-2"]
+
+
+def test_reconciler_whose_task_has_ended_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self: Follower) -> None:
+        raise OSError("gone")
 
     async def scenario() -> None:
-        reconciler = Reconciler([ModelArgs(name="digits")], Registry(1), Broken(), poll_s=0.01)
+        monkeypatch.setattr(Follower, "tidy", broken)
+        reconciler = Reconciler([ModelArgs(name="digits")], Registry(1), Loading(), poll_s=0.01)
         reconciler.begin()
         async with asyncio.timeout(10):
-            await asyncio.wait(reconciler.tasks)
+            await asyncio.wait(reconciler.tasks, return_when=asyncio.FIRST_COMPLETED)
         with pytest.raises(RuntimeError, match="the reconciler has stopped: gone"):
             reconciler.check()
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from pipeline.batch import Batch
 from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Classification
+from serve.batching import Batcher
 from serve.deployments import Replica
 from serve.schemas import LATE, Batching, ModelArgs, Refused, Served, Told, Wanted
 from tests.small_detection import photo
@@ -41,15 +41,6 @@ class Poisoned(Predictor):
         if any(np.array_equal(image, self.poison) for image in batch.images):
             raise RuntimeError("the network choked")
         return super().predict_batch(batch, selects)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_cluster() -> Iterator[None]:
-    """Ray's batching asks the replica's context, which only a cluster has, whether a batch can fill at all."""
-    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=1000))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray.serve.get_replica_context", lambda: context)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +139,7 @@ def replica_waiting(replica: Replica, image: bytes, until_s: float) -> Any:
 
 def test_a_caller_that_goes_away_is_not_computed_for(replica: Replica) -> None:
     async def scenario() -> None:
-        replica.join.set_batch_wait_timeout_s(0.5)
+        replica.join = Batcher(replica._infer, 4, 0.5)
         calls = [asyncio.create_task(ask(replica, image)) for image in IMAGES[:3]]
         while replica.decoders._work_queue.qsize():
             await asyncio.sleep(0)
@@ -159,6 +150,45 @@ def test_a_caller_that_goes_away_is_not_computed_for(replica: Replica) -> None:
 
     asyncio.run(scenario())
     assert replica.predictor.sizes == [1]  # type: ignore[attr-defined]
+
+
+def test_batches_gather_while_one_is_computed_whatever_the_wait() -> None:
+    sizes: list[int] = []
+
+    async def compute(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        await asyncio.sleep(0.05)
+        return [item + 1 for item in items]
+
+    async def scenario() -> list[int]:
+        join = Batcher(compute, 8, 0.0)
+        calls = []
+        for number in range(40):  # they come ten times as fast as one alone is computed
+            calls.append(asyncio.create_task(join(number)))
+            await asyncio.sleep(0.005)
+        return list(await asyncio.gather(*calls))
+
+    assert asyncio.run(scenario()) == list(range(1, 41))
+    assert sizes[0] == 1
+    assert len(sizes) <= 20
+    assert max(sizes) <= 8
+
+
+def test_a_batch_that_fails_fails_for_its_own_callers_only() -> None:
+    async def compute(items: list[int]) -> list[int]:
+        if 2 in items:
+            raise ValueError("two")
+        return items
+
+    async def scenario() -> list[Any]:
+        join = Batcher(compute, 2, 0.0)
+        first = await asyncio.gather(join(1), join(2), return_exceptions=True)
+        return [*first, await join(3)]
+
+    one, two, three = asyncio.run(scenario())
+    assert isinstance(one, ValueError)
+    assert isinstance(two, ValueError)
+    assert three == 3
 
 
 def test_a_replicas_own_port_answers_nothing(replica: Replica) -> None:

@@ -167,7 +167,6 @@ NEAR, FAR = ("cat", (0.0, 0.0, 10.0, 6.0)), ("cat", (0.0, 0.0, 10.0, 4.0))
         (ranked(2), ranked(3), True),  # the best class counts
         (ranked(1), replace(ranked(1), class_names=("another",)), False),
         (Refused("truncated", "ends early"), ranked(1), False),
-        (Refused("truncated", "ends early"), Refused("format", "is no image"), True),
     ],
 )
 def test_agree_of_two_answers_is_what_hand_and_eye_say(one: Told | Refused, other: Told | Refused, same: bool) -> None:
@@ -178,3 +177,13 @@ def test_agree_of_two_answers_is_what_hand_and_eye_say(one: Told | Refused, othe
 def test_iou_of_boxes_without_area_is_nothing() -> None:
     assert iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0.0
     assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+
+
+def test_after_keeps_a_model_that_a_new_reconciler_does_not_serve_yet() -> None:
+    last = Roster.of([STANDING, Standing("flowers", SERVED[1])])
+    news = Roster.of([Standing("digits", troubles={"champion": "no room"}), Standing("flowers", SERVED[1])])
+    kept = news.after(last)
+    assert kept.standings["digits"] == replace(STANDING, troubles={"champion": "no room"})
+    assert kept.standings["flowers"].live == SERVED[1]
+    assert kept.token == news.token
+    assert news.after(Roster({})) == news
