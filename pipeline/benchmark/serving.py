@@ -27,6 +27,7 @@ from pipeline.benchmark.serving_report import DOCUMENTED, GIVEN, NULL, OURS, Gro
 from pipeline.config import Strict, nearest
 from pipeline.data.datasets import AnyDataset
 from pipeline.errors import ConfigError
+from pipeline.inference.engine import PLAIN, Engine
 
 
 class Server(NamedTuple):
@@ -70,8 +71,7 @@ class Config(Strict):
         sources: photos in class folders; where none is here, scikit-learn's sample images take their place.
         num_pictures: different JPEGs, of about `picture_bytes`.
         weights: a state dict of torchvision's AlexNet; where it is not here, weights are drawn with `seed`.
-        bundle: what this project and the peers given our model serve; None: a bundle of the same weights, as it is
-            made. It must hold the same weights.
+        engine: of the bundle that this project and the peers given our model serve, as `jobs.optimize` finds it.
         deployment: keys of the model in `serve/config.yaml`, over what is there.
         clients: at once.
         seconds: that each of these is timed in each round, after `warm_up_s`.
@@ -86,7 +86,7 @@ class Config(Strict):
     picture_bytes: int = Field(default=46_000, ge=1000)
     weights: Path | None = None
     seed: int = Field(default=0, ge=0)
-    bundle: Path | None = None
+    engine: Engine = PLAIN
     deployment: dict[str, Any] = Field(default_factory=dict)
     clients: tuple[PositiveInt, ...] = Field(default=(1, 16, 64), min_length=1)
     seconds: float = Field(default=2.5, gt=0)
@@ -117,7 +117,7 @@ def run(config: Config, scratch: Path, start: Start, say: Say = lambda line: Non
     with rounds.workspace(scratch) as folder:
         pictures = serving_model.draw(folder / "pictures", config.sources, config.num_pictures, config.picture_bytes)
         weights = config.weights if config.weights is not None and config.weights.exists() else None
-        said = serving_model.prepare(folder / "model", folder / "pictures", weights, config.bundle, config.seed)
+        said = serving_model.prepare(folder / "model", folder / "pictures", weights, config.engine, config.seed)
         say(f"prepare  {said}; {pictures}")
         addresses = start(names, folder / "model")
         found = _rounds(config, addresses, folder, say)

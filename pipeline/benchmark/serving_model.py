@@ -27,6 +27,7 @@ from pipeline.data.datasets import DatasetConfig
 from pipeline.data.transforms import classify
 from pipeline.data.transforms.resizing import shrink_short
 from pipeline.inference import bundle, importing
+from pipeline.inference.engine import Engine
 from pipeline.models._contract import Classifier
 from pipeline.models.alexnet import Config as AlexNet
 from pipeline.types import Sample, UInt8Array
@@ -63,14 +64,14 @@ class Bare(Strict):
     others_share: float
 
 
-def prepare(folder: Path, pictures: Path, weights: Path | None, made: Path | None, seed: int) -> str:
+def prepare(folder: Path, pictures: Path, weights: Path | None, engine: Engine, seed: int) -> str:
     """Put the model into `folder` in both forms, and say which weights it has.
 
     Args:
         folder: a new one.
         pictures: that weights drawn by chance are to answer differently.
         weights: torchvision's state dict; None for weights drawn by chance.
-        made: a bundle of the same weights; None: one is made.
+        engine: of the bundle.
         seed: of the weights drawn.
     """
     folder.mkdir(parents=True)
@@ -85,11 +86,9 @@ def prepare(folder: Path, pictures: Path, weights: Path | None, made: Path | Non
     torch.save(model.network.state_dict(), folder / classifier.WEIGHTS)
     classes = tuple(f"class {label}" for label in range(config.num_classes))
     (folder / classifier.CLASSES).write_text("\n".join(classes))
-    if made is not None:
-        (folder / classifier.BUNDLE).symlink_to(made.absolute())
-    else:
-        bundle.save(folder / classifier.BUNDLE, model, config, classes=classes)
-    return f"random weights, seed {seed}" if weights is None else weights.name
+    made = bundle.save(folder / "plain", model, config, classes=classes)
+    bundle.on_engine(folder / classifier.BUNDLE, made, engine, metrics={}, provenance={})
+    return (f"random weights, seed {seed}" if weights is None else weights.name) + f", our bundle on {engine}"
 
 
 def draw(folder: Path, sources: Sequence[DatasetConfig], num_pictures: int, num_bytes: int) -> str:

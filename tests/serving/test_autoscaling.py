@@ -39,7 +39,7 @@ def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
     }
     # Waiting for a batch that never fills keeps requests in hand without keeping the processor busy.
     url = deploy(ray_head, app_config(autoscaling=scaling, batch={"max_size": 64, "wait_ms": 150.0}))
-    assert wait_for(ray_head, 1, 10)
+    assert wait_for(ray_head, 1, UP_S)  # those of another deployment are let go
     with Load(f"{url}/predict/tiny", picture(), CLIENTS) as load:
         assert wait_for(ray_head, 2, UP_S)
         seen = len(load.statuses)
