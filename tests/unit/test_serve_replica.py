@@ -155,23 +155,26 @@ def test_a_caller_that_goes_away_is_not_computed_for(replica: Replica) -> None:
 def test_batches_gather_while_one_is_computed_whatever_the_wait() -> None:
     sizes: list[int] = []
 
-    async def compute(items: list[int]) -> list[int]:
-        sizes.append(len(items))
-        await asyncio.sleep(0.05)
-        return [item + 1 for item in items]
-
     async def scenario() -> list[int]:
+        may_end = asyncio.Event()
+
+        async def compute(items: list[int]) -> list[int]:
+            sizes.append(len(items))
+            await may_end.wait()
+            return [item + 1 for item in items]
+
         join = Batcher(compute, 8, 0.0)
-        calls = []
-        for number in range(40):  # they come ten times as fast as one alone is computed
+        calls = [asyncio.create_task(join(0))]
+        while not sizes:
+            await asyncio.sleep(0)
+        for number in range(1, 11):  # one after the other, while the first is computed
             calls.append(asyncio.create_task(join(number)))
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
+        may_end.set()
         return list(await asyncio.gather(*calls))
 
-    assert asyncio.run(scenario()) == list(range(1, 41))
-    assert sizes[0] == 1
-    assert len(sizes) <= 20
-    assert max(sizes) <= 8
+    assert asyncio.run(scenario()) == list(range(1, 12))
+    assert sizes == [1, 8, 2]
 
 
 def test_a_batch_that_fails_fails_for_its_own_callers_only() -> None:
