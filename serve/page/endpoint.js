@@ -43,7 +43,8 @@ export async function predict(model, file, signal) {
   const headers = { "Content-Type": "application/octet-stream" };
   const asked = model.task === "detection" ? { score_threshold: LOWEST_SCORE } : {};
   const answer = await ask(path(model, asked), { method: "POST", body: file, headers, signal }, file.size);
-  return { ...answer, roundTripMs: performance.now() - began };
+  // An answer names the version alone; what it is for and where it comes from is known from the list.
+  return { ...answer, model: { ...model, ...answer.model }, roundTripMs: performance.now() - began };
 }
 
 /** The lines that ask a model about a file, for a shell and for Python; no key is written into them. */
