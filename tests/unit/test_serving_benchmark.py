@@ -278,7 +278,7 @@ def test_cpu_time_is_that_of_other_processes_only() -> None:
     # In a process without children: that of a whole test run has Ray for one.
     alone = "import os; from pipeline.benchmark.machine import cpu_s; print(cpu_s([os.getpid()]))"
     done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, check=True)
-    assert done.stdout == "0.0\n"
+    assert float(done.stdout) == 0.0
 
 
 def test_ratios_are_of_one_round_to_the_best_peer_of_it() -> None:
