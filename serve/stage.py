@@ -16,7 +16,6 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 import ray
 import ray.serve
 from ray.serve.api import RunTarget, run_many
@@ -25,9 +24,8 @@ from ray.serve.schema import ApplicationStatus
 
 from pipeline.errors import ClusterError, ModelError, last_raised
 from pipeline.inference import golden
-from pipeline.types import Answer, Classification, Detections
 from serve.deployments import Replica
-from serve.schemas import Autoscaling, ModelArgs, Refused, Served, Told, Wanted
+from serve.schemas import Autoscaling, ModelArgs, Refused, Served, Wanted
 
 START_ATTEMPTS = 3
 """Of a replica, before its deployment has failed; 20 by default."""
@@ -93,7 +91,7 @@ class RayStage:
                 [told] = await handle.predict.remote((image,), wanted)
                 if isinstance(told, Refused):
                     raise ModelError(f"{expected.file}: refused ({told.reason}): {told.message}")
-                golden.check(expected, _answer(told))
+                golden.check(expected, golden.answer_of(told.labels, told.scores, told.boxes))
 
     async def unload(self, app: str) -> None:
         """Let what is loaded in a place go, once what it has been asked is answered; does not wait for it."""
@@ -128,13 +126,6 @@ class RayStage:
             return ApplicationStatus.NOT_STARTED, ""
         reasons = [found.message, *(deployment.message for deployment in found.deployments.values())]
         return found.status, last_raised(" ".join(reasons))
-
-
-def _answer(told: Told) -> Answer:
-    labels, scores = np.array(told.labels, np.int64), np.array(told.scores, np.float32)
-    if told.boxes is None:
-        return Classification(labels, scores)
-    return Detections(np.array(told.boxes, np.float32).reshape(-1, 4), labels, scores)
 
 
 def bound(served: Served, args: ModelArgs, answer_s: float) -> ray.serve.Application:

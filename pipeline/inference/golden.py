@@ -53,10 +53,17 @@ class Golden(Strict):
     @property
     def answer(self) -> Answer:
         """What was said, as a predictor says it."""
-        labels, scores = np.array(self.labels, np.int64), np.array(self.scores, np.float32)
-        if self.boxes is None:
-            return Classification(labels, scores)
-        return Detections(np.array(self.boxes, np.float32).reshape(-1, 4), labels, scores)
+        return answer_of(self.labels, self.scores, self.boxes)
+
+
+def answer_of(
+    labels: Sequence[int], scores: Sequence[float], boxes: Sequence[tuple[float, float, float, float]] | None
+) -> Answer:
+    """An answer of plain numbers, as a predictor gives it; without boxes it is a classification."""
+    ranked, rated = np.array(labels, np.int64), np.array(scores, np.float32)
+    if boxes is None:
+        return Classification(ranked, rated)
+    return Detections(np.array(boxes, np.float32).reshape(-1, 4), ranked, rated)
 
 
 def keep(made: Bundle, images: Sequence[bytes]) -> None:

@@ -6,6 +6,7 @@ holds all they need: `weights.pth`, `classes.txt`, `bundle/`.
 
 from __future__ import annotations
 
+import argparse
 import io
 import threading
 from abc import ABC, abstractmethod
@@ -93,6 +94,16 @@ class Given(Classifier):
 def build(form: Form, folder: Path) -> Classifier:
     """The classifier of a form."""
     return Documented(folder) if form == "documented" else Given(folder)
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line of a peer says: `form` and `folder`, as `build` takes them, `host` and `port`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--form", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    return parser.parse_args()
 
 
 def _told(names: Sequence[str], scores: Sequence[float]) -> Answer:

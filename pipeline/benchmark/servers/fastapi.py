@@ -1,6 +1,5 @@
 """Plain FastAPI: a function for each request, in its thread pool, on uvicorn; no batches."""
 
-import argparse
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +26,7 @@ def application(form: classifier.Form, folder: Path) -> FastAPI:
 
 def main() -> None:
     """Run from the command line: python -m pipeline.benchmark.servers.fastapi --form documented --folder F --port P."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--form", required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    args = parser.parse_args()
+    args = classifier.arguments()
     uvicorn.run(application(args.form, args.folder), host=args.host, port=args.port)
 
 

@@ -1,6 +1,5 @@
 """LitServe: one worker process that decodes and computes batches of up to 16, fed through queues by uvicorn."""
 
-import argparse
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,12 +45,7 @@ class Api(ls.LitAPI):  # type: ignore[misc]  # untyped
 
 def main() -> None:
     """Run from the command line: python -m pipeline.benchmark.servers.litserve --form given --folder F --port P."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--form", required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    args = parser.parse_args()
+    args = classifier.arguments()
     server = ls.LitServer(Api(args.form, args.folder), accelerator="cpu")
     server.run(host=args.host, port=args.port, generate_client_file=False)
 

@@ -1,6 +1,5 @@
 """MLflow: `mlflow models serve` of a model that takes base64 in JSON, since its scoring server takes no bytes."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -32,12 +31,7 @@ def save(form: classifier.Form, folder: Path, path: Path) -> None:
 
 def main() -> None:
     """Run from the command line: python -m pipeline.benchmark.servers.mlflow --form documented --folder F --port P."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--form", required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    args = parser.parse_args()
+    args = classifier.arguments()
     path = args.folder.parent / f"mlflow-{args.form}"
     save(args.form, args.folder, path)
     where = ["--model-uri", str(path), "--host", args.host, "--port", str(args.port), "--env-manager", "local"]
