@@ -14,6 +14,7 @@ answers as fp32 does (`pipeline.evaluation.tuning`). Integers of 8 bits are left
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -215,6 +216,27 @@ def _replace(model: Model, config: ModelConfig, engine: Engine) -> None:
         return tree.tree_unflatten(run(images.detach().contiguous()), structure)
 
     network.forward = forward
+    model.forward = _alone(model.forward)  # type: ignore[method-assign]
+    model.postprocess = _alone(model.postprocess)  # type: ignore[method-assign]
+
+
+def _alone(method: Callable[..., Any]) -> Any:
+    """The same in one thread of torch's.
+
+    Those of OpenMP spin for a while after their work and take the CPUs from the runtime's: AlexNet on 2 CPUs answers
+    about 8 images in 14 ms instead of 20.
+    """
+
+    @functools.wraps(method)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def _seen(model: Model, config: ModelConfig) -> Tensor:
