@@ -14,7 +14,7 @@ from pipeline import config
 from serve import keys, versions
 from serve.endpoint import Endpoint, Minder
 from serve.schemas import AppArgs
-from serve.stage import START_ATTEMPTS
+from serve.stage import QUIET, START_ATTEMPTS
 
 INGRESS = "ingress"
 RECONCILER = "reconciler"
@@ -46,5 +46,6 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
         max_ongoing_requests=2 * wanted.limits.max_inflight + 16,  # the ingress refuses for itself, as JSON
         max_surge_percent=100,  # an old replica answers until its successor does
         max_constructor_retry_count=START_ATTEMPTS,
+        logging_config=QUIET,
     )
     return ingress(ray.serve.ingress()(Endpoint)).bind(wanted, access, minder(Minder).bind(wanted))

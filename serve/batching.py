@@ -20,13 +20,17 @@ class Batcher(Generic[T, R]):
     Args:
         compute: the results of a batch, in its order.
         max_size: of a batch.
-        wait_s: how long the first that comes to a free engine waits for others.
+        wait_s: how long the first that comes to a free engine waits for others that are on their way.
+        coming: whether there are any.
     """
 
-    def __init__(self, compute: Callable[[list[T]], Awaitable[list[R]]], max_size: int, wait_s: float) -> None:
+    def __init__(
+        self, compute: Callable[[list[T]], Awaitable[list[R]]], max_size: int, wait_s: float, coming: Callable[[], bool]
+    ) -> None:
         self._compute = compute
         self._max_size = max_size
         self._wait_s = wait_s
+        self._coming = coming
         self._queue: asyncio.Queue[tuple[T, asyncio.Future[R]]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -64,7 +68,7 @@ class Batcher(Generic[T, R]):
                 taken.append(self._queue.get_nowait())
             except asyncio.QueueEmpty:
                 left_s = ends_s - asyncio.get_running_loop().time()
-                if left_s <= 0:
+                if left_s <= 0 or not self._coming():
                     break
                 try:
                     taken.append(await asyncio.wait_for(self._queue.get(), left_s))

@@ -65,7 +65,8 @@ class Replica:
         self.predictor = Predictor(found, "cuda" if args.num_gpus else "cpu")
         self.decoders = ThreadPoolExecutor(args.decoders, "decode")
         self.engine = ThreadPoolExecutor(1, "infer")
-        self.join = Batcher(self._infer, args.batch.max_size, args.batch.wait_ms / 1000)
+        self.decoding = 0
+        self.join = Batcher(self._infer, args.batch.max_size, args.batch.wait_ms / 1000, lambda: self.decoding > 0)
         self.load = Load(RayMeter(), served)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
@@ -85,10 +86,13 @@ class Replica:
     async def _predict(self, data: bytes, wanted: Wanted) -> Told | Refused:
         loop = asyncio.get_running_loop()
         start_s = time.perf_counter()
+        self.decoding += 1
         try:
             sample = await loop.run_in_executor(self.decoders, self._sample, data, wanted)
         except ImageError as error:
             return Refused(error.reason, str(error))
+        finally:
+            self.decoding -= 1
         decoded_s = time.perf_counter()
         with self.load.image():
             done = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))

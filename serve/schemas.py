@@ -26,8 +26,8 @@ class Batching(Strict):
 
     Attributes:
         max_size: images per forward pass.
-        wait_ms: how long the first image waits for others. Little is enough: while one batch is computed the next one
-            gathers.
+        wait_ms: how long the first image waits for others that are being decoded. Little is enough: while one batch is
+            computed the next one gathers.
     """
 
     max_size: int = Field(default=16, ge=1, le=1024)

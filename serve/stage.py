@@ -30,6 +30,8 @@ from serve.schemas import Autoscaling, ModelArgs, Refused, Served, Wanted
 START_ATTEMPTS = 3
 """Of a replica, before its deployment has failed; 20 by default."""
 POLL_S = 0.25
+QUIET = {"enable_access_log": False}
+"""Ray's own line about each request costs as much as counting it; `log_requests` has a better one."""
 DRAIN_MARGIN_S = 5.0
 _FAILED = {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
 _NOT_THERE = {ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOY_FAILED}
@@ -137,6 +139,7 @@ def bound(served: Served, args: ModelArgs, answer_s: float) -> ray.serve.Applica
         max_ongoing_requests=4 * args.batch.max_size,  # one batch computed, one waiting, two being decoded
         max_queued_requests=args.max_queued,
         max_constructor_retry_count=START_ATTEMPTS,
+        logging_config=QUIET,
         graceful_shutdown_timeout_s=answer_s + DRAIN_MARGIN_S,
     )
     return deployment(Replica).bind(served, args)

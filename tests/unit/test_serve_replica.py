@@ -139,7 +139,7 @@ def replica_waiting(replica: Replica, image: bytes, until_s: float) -> Any:
 
 def test_a_caller_that_goes_away_is_not_computed_for(replica: Replica) -> None:
     async def scenario() -> None:
-        replica.join = Batcher(replica._infer, 4, 0.5)
+        replica.join = Batcher(replica._infer, 4, 0.5, lambda: True)
         calls = [asyncio.create_task(ask(replica, image)) for image in IMAGES[:3]]
         while replica.decoders._work_queue.qsize():
             await asyncio.sleep(0)
@@ -163,7 +163,7 @@ def test_batches_gather_while_one_is_computed_whatever_the_wait() -> None:
             await may_end.wait()
             return [item + 1 for item in items]
 
-        join = Batcher(compute, 8, 0.0)
+        join = Batcher(compute, 8, 0.0, lambda: True)
         calls = [asyncio.create_task(join(0))]
         while not sizes:
             await asyncio.sleep(0)
@@ -177,6 +177,17 @@ def test_batches_gather_while_one_is_computed_whatever_the_wait() -> None:
     assert sizes == [1, 8, 2]
 
 
+def test_one_alone_waits_for_nobody() -> None:
+    async def compute(items: list[int]) -> list[int]:
+        return items
+
+    async def scenario() -> int:
+        join = Batcher(compute, 8, 3600.0, lambda: False)
+        return await asyncio.wait_for(join(1), 5.0)
+
+    assert asyncio.run(scenario()) == 1
+
+
 def test_a_batch_that_fails_fails_for_its_own_callers_only() -> None:
     async def compute(items: list[int]) -> list[int]:
         if 2 in items:
@@ -184,7 +195,7 @@ def test_a_batch_that_fails_fails_for_its_own_callers_only() -> None:
         return items
 
     async def scenario() -> list[Any]:
-        join = Batcher(compute, 2, 0.0)
+        join = Batcher(compute, 2, 0.0, lambda: True)
         first = await asyncio.gather(join(1), join(2), return_exceptions=True)
         return [*first, await join(3)]
 
