@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help install quickstart up down test test-slow test-long test-quick test-page chaos lint types format lock clean
+.PHONY: help install quickstart up down test test-slow test-long test-quick test-page test-kserve chaos lint types format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -47,6 +47,11 @@ test-page: install  ## the page for people in a real Chromium, which the system 
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra page
 	$(BIN)/pytest tests/page
 
+test-kserve: install  ## KServe's own client against the endpoint, out of a venv of its own: it asks for other versions
+	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
+	$(BIN)/uv pip install --quiet --python .venv-kserve/bin/python kserve
+	VENTRAL_KSERVE_PYTHON=$(CURDIR)/.venv-kserve/bin/python $(BIN)/pytest tests/serving/test_kserve_client.py
+
 lint: install  ## style, spelling, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,5 +68,5 @@ format: install  ## write the style
 lock:  ## pin what is installed now
 	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > requirements.lock
 
-clean:  ## remove everything that is made: .venv, storage, caches
-	rm -rf .venv storage build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean:  ## remove everything that is made: venvs, storage, caches
+	rm -rf .venv .venv-kserve storage build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

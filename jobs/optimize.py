@@ -66,7 +66,9 @@ def _register(job: Optimize, uri: str, of: Version, found: tuning.Tuning, writte
         tracked.log_dataset(manifest.dataset, manifest.digest, found.source.address, job.split)
         tracked.log_text("engines.txt", found.table())
         made = registry.publish(tracked, written, of.name)
-    print(f"model    {made.name} version {made.version} (no alias; python -m jobs.promote moves one)")
+    print(f"model    {made.name} version {made.version} (no alias)")
+    # Forced, for the gate asks for a gain, and there the same weights are as good.
+    print(f"promote  python -m jobs.promote model={made.name} version={made.version} force=true")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
