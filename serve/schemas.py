@@ -344,7 +344,7 @@ class Answers(BaseModel):
 
 
 class ChallengerState(BaseModel):
-    """The second version beside the live one; the counts are those of the process that answers.
+    """The second version beside the live one; the counts are those of the process that answers, and of these two.
 
     Attributes:
         compared: images that both were asked about.
