@@ -44,7 +44,7 @@ class _Condition:
 
     @property
     def is_running(self) -> bool:
-        return self.status == ApplicationStatus.RUNNING
+        return bool(self.status == ApplicationStatus.RUNNING)
 
 
 class RayStage:
