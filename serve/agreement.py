@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from serve.schemas import Box, Refused, Told
 
 MIN_IOU = 0.5
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How often a challenger says what one live version says.
+
+    Attributes:
+        compared: images that both were asked about.
+        agreed: those of them that both said the same of.
+    """
+
+    compared: int = 0
+    agreed: int = 0
+
+    def note(self, one: Told | Refused, other: Told | Refused) -> None:
+        """Count an image; what is no image to both tells nothing."""
+        if isinstance(one, Told) or isinstance(other, Told):
+            self.compared += 1
+            self.agreed += agree(one, other)
 
 
 def agree(one: Told | Refused, other: Told | Refused) -> bool:
@@ -29,8 +49,9 @@ def agree(one: Told | Refused, other: Told | Refused) -> bool:
 
 
 def _closest(name: str, box: Box, others: Sequence[tuple[str, Box]]) -> tuple[str, Box] | None:
-    same = [other for other in others if other[0] == name and iou(box, other[1]) >= MIN_IOU]
-    return max(same, key=lambda other: iou(box, other[1]), default=None)
+    overlaps = [(iou(box, other[1]), other) for other in others if other[0] == name]
+    overlap, closest = max(overlaps, key=lambda pair: pair[0], default=(0.0, None))
+    return closest if overlap >= MIN_IOU else None
 
 
 def iou(a: Box, b: Box) -> float:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pipeline.config import nearest
-from serve import agreement, bodies, problems
+from serve import bodies, problems
+from serve.agreement import Agreement
 from serve.metrics import IN_HAND, SERVED, STARTED, Reading
 from serve.problems import MAX_ECHO, Problem
 from serve.roster import Roster, Standing
@@ -51,8 +52,8 @@ class Tally:
         failed_ms: of the others.
         decode_ms, queue_ms, infer_ms: over all images.
         last_ms: when the last answer was given, in milliseconds since 1970.
-        compared, agreed: images that it was asked only for comparison, and those of them that the live version said the
-            same of.
+        compared, agreed: images that it was asked only for comparison with the present live version, and those of them
+            that both said the same of; only `Gate.tally` fills them in.
     """
 
     requests: int = 0
@@ -100,6 +101,7 @@ class Gate:
         self._ask = ask
         self._began_s = time.time()
         self._tallies: dict[tuple[str, str], Tally] = {}
+        self._agreements: dict[tuple[str, str, str], Agreement] = {}
         self._inflight = 0
         self._shadowed = 0
         self._shadows: set[asyncio.Task[None]] = set()
@@ -110,8 +112,10 @@ class Gate:
         return self.roster.standings
 
     def tally(self, served: Served) -> Tally:
-        """What a version has done here."""
-        return self._tallies.setdefault((served.name, served.version), Tally())
+        """What a version has done here until now."""
+        standing = self.standings.get(served.name)
+        both = self._agreement(standing.live, served) if standing and standing.live else Agreement()
+        return replace(self._tally(served), compared=both.compared, agreed=both.agreed)
 
     def find(self, address: str, version: str | None = None, key: str = "") -> Served:
         """The version that a path `name` or `name@alias` means, and perhaps a version's number.
@@ -168,7 +172,7 @@ class Gate:
         """
         if len(images) > 1:  # of one alone the model's own limit holds
             await asyncio.to_thread(bodies.check_pixels, images, self.limits)
-        tally, began = self.tally(served), time.monotonic()
+        tally, began = self._tally(served), time.monotonic()
         patience_s = min(self.limits.answer_s, within_s or self.limits.answer_s)
         try:
             async with asyncio.timeout(patience_s):
@@ -181,7 +185,7 @@ class Gate:
         seen().model, seen().answers = served, answers
         standing = self.standings.get(served.name)
         if standing and standing.live == served and standing.copies(key):
-            self._shadow(standing.challenger, images, wanted, answers)
+            self._shadow(served, standing.challenger, images, wanted, answers)
         return answers
 
     async def _asked(self, served: Served, images: tuple[bytes, ...], wanted: Wanted) -> list[Told | Refused]:
@@ -215,33 +219,42 @@ class Gate:
         return [(IN_HAND, self._inflight, ()), (STARTED, self._began_s, ("ingress",)), *served]
 
     def _shadow(
-        self, served: Served | None, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
+        self,
+        live: Served,
+        rival: Served | None,
+        images: tuple[bytes, ...],
+        wanted: Wanted,
+        answers: list[Told | Refused],
     ) -> None:
         """Ask a challenger the same behind the client's back, unless too much is asked already."""
         is_small = wanted.max_detections <= MOST_COMPARED  # comparing takes this process's time
-        if served is None or not is_small or self._shadowed + len(images) > self.limits.max_shadowed:
+        if rival is None or not is_small or self._shadowed + len(images) > self.limits.max_shadowed:
             return
-        task = asyncio.get_running_loop().create_task(self._compare(served, images, wanted, answers))
+        task = asyncio.get_running_loop().create_task(self._compare(live, rival, images, wanted, answers))
         self._shadows.add(task)  # the loop itself keeps tasks by weak references only
         task.add_done_callback(self._shadows.discard)
 
     async def _compare(
-        self, served: Served, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
+        self, live: Served, rival: Served, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
     ) -> None:
-        tally = self.tally(served)
         self._shadowed += len(images)
         try:
             async with asyncio.timeout(self.limits.answer_s):
-                others = await self._ask.predict(served, images, replace(wanted, picture=False))
+                others = await self._ask.predict(rival, images, replace(wanted, picture=False))
         except Exception as error:
             problems.of_exception(error)  # nobody waits for it; what nobody foresaw is logged
             return
         finally:
             self._shadowed -= len(images)
+        both = self._agreement(live, rival)  # of those that were asked, whichever is live by now
         for one, other in zip(answers, others, strict=True):
-            if isinstance(one, Told) or isinstance(other, Told):  # what is no image to both tells nothing
-                tally.compared += 1
-                tally.agreed += agreement.agree(one, other)
+            both.note(one, other)
+
+    def _tally(self, served: Served) -> Tally:
+        return self._tallies.setdefault((served.name, served.version), Tally())
+
+    def _agreement(self, live: Served, rival: Served) -> Agreement:
+        return self._agreements.setdefault((live.name, live.version, rival.version), Agreement())
 
 
 def _here(standing: Standing) -> str:

@@ -4,7 +4,8 @@
                    ──► live ──► the version before stays loaded for `keep_s`: an alias that moves back finds it there
 
 On any failure the live version stays, the newcomer is unloaded, and the reason is in the model's standing; it is tried
-again after a while that doubles. A `Follower` minds one model, its two aliases without waiting for each other. How
+again after a while that doubles. What is served is written down, and what nobody needs any more is unloaded and its
+bundle removed. A `Follower` minds one model, its two aliases without waiting for each other. How
 versions are loaded is the `Stage`'s affair (on Ray Serve: `serve.stage`), what aliases mean that of `Versions`; neither
 is needed to see what is decided here.
 """
@@ -14,22 +15,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.errors import ModelError, VentralError
+from serve.pauses import Pauses
 from serve.roster import Roster, Standing
 from serve.schemas import ModelArgs, Served
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
-"""Until a version that could not be taken is tried again; it doubles."""
+UNWRITTEN = "served.json"
+"""Among the troubles, beside the aliases, none of which has a dot: why what is served is not written down."""
 NEWS_S = 10.0
 """For so long an ingress process waits for news before it asks again."""
 TURN_S = 15.0
 """Within so long every ingress process has turned to what it is told; so long nothing that it may ask is unloaded."""
+TIDY_S = 600.0
+"""Between two looks for bundles that nobody needs."""
 _PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+")
 _log = logging.getLogger("ray.serve")
@@ -48,7 +53,10 @@ class Aliases(Protocol):
         """What it meant when it was last served, if it ever was."""
 
     def remember(self, served: Served) -> None:
-        """Note that a version is served."""
+        """Note that a version is served; raises why it could not be."""
+
+    def tidy(self, model: ModelArgs, needed: Collection[str]) -> None:
+        """Let bundles go that are not of these versions, nor were served last; raises nothing."""
 
 
 class Stage(Protocol):
@@ -73,14 +81,6 @@ class Stage(Protocol):
         """How replicas are reached, by place."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A version that could not be taken, and until when it is not tried again."""
-
-    pause_s: float
-    again_s: float
-
-
 class Follower:
     """One model: goes where its aliases point to, a step at a time.
 
@@ -103,7 +103,9 @@ class Follower:
         self._stage = stage
         self._publish = publish
         self._clock = clock
-        self._refused: dict[tuple[str, str, bool], Refusal] = {}
+        self._refused = Pauses(clock)
+        self._noted: Served | None = None
+        self._tidied_s = -math.inf
         self._left_s: dict[Served, float] = {}
         self._gone_s: dict[str, float] = {}
         self._num_loading = 0
@@ -117,7 +119,7 @@ class Follower:
             found = await self._follow_last(alias)
         if found and found != now:
             self._turn(live=found)
-            await asyncio.to_thread(self._aliases.remember, found)
+        await self._remember()
 
     async def follow_challenger(self) -> None:
         """The same for the second alias, if there is one, beside a live version."""
@@ -143,6 +145,34 @@ class Follower:
         except Exception:
             _log.exception("%s: what is kept no longer could not be unloaded; it is tried again", self.model.name)
             self._is_swept = False
+        await self._tidy_bundles()
+
+    async def _remember(self) -> None:
+        """Have the live version written down, tried at each step until it is: it is served all the same."""
+        live = self.standing.live
+        if live is None or live == self._noted:
+            return
+        try:
+            await asyncio.to_thread(self._aliases.remember, live)
+        except Exception as error:
+            self._complain(UNWRITTEN, _reason(error))
+        else:
+            self._noted = live
+            self._complain(UNWRITTEN, None)
+
+    async def _tidy_bundles(self) -> None:
+        """Let bundles go at a quiet time: nothing is being loaded, and nothing is loaded but what is shown."""
+        is_busy = self._num_loading or self.standing.live is None
+        if is_busy or self._clock() - self._tidied_s < TIDY_S:
+            return
+        try:
+            loaded = await self._stage.loaded(self.model)
+            seen = self.standing.versions
+            if {one.app for one in seen}.issuperset(loaded):
+                await asyncio.to_thread(self._aliases.tidy, self.model, {one.version for one in seen})
+                self._tidied_s = self._clock()
+        except Exception:
+            _log.exception("%s: unused bundles could not be removed; it is tried again", self.model.name)
 
     async def _follow(
         self, alias: str, now: Served | None, settled: Callable[[], Awaitable[Served | None]]
@@ -153,7 +183,7 @@ class Follower:
             if wanted is None or (now and is_same(wanted, now)):
                 self._complain(alias, None)
                 return wanted and now
-            if self._is_refused(wanted):
+            if self._refused.holds(_key(wanted)):
                 return now
             taken = await self._take(wanted)
         except Exception as error:
@@ -174,7 +204,7 @@ class Follower:
         last: Served | None = None
         try:
             last = await asyncio.to_thread(self._aliases.last, self.model, alias)
-            if last and not self._is_refused(last, is_proven=True):
+            if last and not self._refused.holds(_key(last, is_proven=True)):
                 return await self._take(last, is_proven=True)
         except Exception as error:
             _log.warning("%s@%s: what was served last cannot be either: %s", self.model.name, alias, error)
@@ -202,7 +232,7 @@ class Follower:
             return replace(wanted, app=known.app)
         live = self.standing.live
         if live and live.task != wanted.task:
-            self._refuse(wanted)
+            self._refused.note(_key(wanted))
             raise ModelError(
                 f"version {wanted.version} is for {wanted.task}, version {live.version}, which is served, for "
                 f"{live.task}; register it under another name"
@@ -215,11 +245,11 @@ class Follower:
             if not is_proven:
                 await self._rehearse(loaded, is_new=found is None)
         except Exception:
-            self._refuse(wanted, is_proven=is_proven)
+            self._refused.note(_key(wanted, is_proven=is_proven))
             raise
         finally:
             self._num_loading -= 1
-        self._refused.pop(_key(wanted, is_proven), None)
+        self._refused.end(_key(wanted, is_proven=is_proven))
         return loaded
 
     async def _rehearse(self, loaded: Served, *, is_new: bool) -> None:
@@ -266,23 +296,15 @@ class Follower:
             self.standing = after
             self._publish()
 
-    def _is_refused(self, wanted: Served, *, is_proven: bool = False) -> bool:
-        refusal = self._refused.get(_key(wanted, is_proven))
-        return refusal is not None and self._clock() < refusal.again_s
-
-    def _refuse(self, wanted: Served, *, is_proven: bool = False) -> None:
-        before = self._refused.get(_key(wanted, is_proven))
-        pause_s = min(2 * before.pause_s, LONGEST_PAUSE_S) if before else FIRST_PAUSE_S
-        self._refused[_key(wanted, is_proven)] = Refusal(pause_s, self._clock() + pause_s)
-
-    def _complain(self, alias: str, reason: str | None) -> None:
-        """Note, or forget, why an alias is not followed."""
-        if self.standing.troubles.get(alias) == reason:
+    def _complain(self, about: str, reason: str | None) -> None:
+        """Note, or forget, why an alias is not followed, or what is served not written down."""
+        if self.standing.troubles.get(about) == reason:
             return
         if reason:
-            _log.warning("%s@%s is not followed: %s", self.model.name, alias, reason)
-        others = {key: text for key, text in self.standing.troubles.items() if key != alias}
-        self._stand(troubles=others | ({alias: reason} if reason else {}))
+            what = "is not written" if about == UNWRITTEN else "is not followed"
+            _log.warning("%s@%s %s: %s", self.model.name, about, what, reason)
+        others = {key: text for key, text in self.standing.troubles.items() if key != about}
+        self._stand(troubles=others | ({about: reason} if reason else {}))
 
 
 class Reconciler:
@@ -349,5 +371,5 @@ def _reason(error: Exception) -> str:
     return f"an unforeseen {type(error).__name__}; the reconciler's log tells more"
 
 
-def _key(served: Served, is_proven: bool) -> tuple[str, str, bool]:
+def _key(served: Served, *, is_proven: bool = False) -> tuple[str, str, bool]:
     return served.version, served.weights, is_proven

@@ -25,7 +25,7 @@ class Standing:
         share: of requests that the challenger answers, 0 to 1.
         shadow: of the live version's requests that the challenger is asked too, 0 to 1.
         also: further aliases that mean the live version now.
-        troubles: by alias, why what it points to is not served.
+        troubles: by alias, why what it points to is not served; see also `serve.reconciler.UNWRITTEN`.
     """
 
     name: str
@@ -83,11 +83,10 @@ class Roster:
 
     def after(self, last: Roster) -> Roster:
         """The same, but no model that was live in the last one is not: it keeps its versions, and its new troubles."""
-        before = {name: one for name, one in last.standings.items() if one.live and name in self.standings}
         kept = {
-            name: replace(before[name], troubles=one.troubles)
-            for name, one in self.standings.items()
-            if one.live is None and name in before
+            name: replace(last.standings[name], troubles=self.standings[name].troubles)
+            for name in self.standings.keys() & last.standings.keys()
+            if last.standings[name].live and self.standings[name].live is None
         }
         return replace(self, standings={**self.standings, **kept})
 

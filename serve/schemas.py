@@ -344,7 +344,7 @@ class Answers(BaseModel):
 
 
 class ChallengerState(BaseModel):
-    """The second version beside the live one; the counts are those of the process that answers.
+    """The second version beside the live one; the counts are those of the process that answers, and of these two.
 
     Attributes:
         compared: images that both were asked about.
@@ -365,7 +365,8 @@ class ModelState(BaseModel):
     Attributes:
         version: the live one; None: none is loaded yet.
         versions: all that can be asked, the live one first.
-        troubles: by alias, why the version that it points to is not served.
+        troubles: by alias, why the version that it points to is not served; and by `served.json`, why what is served
+            is not written down.
     """
 
     name: str

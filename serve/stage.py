@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -37,6 +37,18 @@ _FAILED = {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
 _NOT_THERE = {ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOY_FAILED}
 
 
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """How an application is, and why as far as Ray Serve tells."""
+
+    status: ApplicationStatus
+    reason: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.status == ApplicationStatus.RUNNING)
+
+
 class RayStage:
     """Ray Serve as `serve.reconciler.Stage`."""
 
@@ -47,14 +59,13 @@ class RayStage:
 
     async def find(self, served: Served, model: ModelArgs) -> Served | None:
         """A version that is loaded, or is just being loaded; None: it is not, and nothing is done about it."""
-        app, deadline = self._name(served, model), time.monotonic() + model.load_s
-        while (found := await self._status(app))[0] not in _NOT_THERE:
-            if found[0] == ApplicationStatus.RUNNING:
-                return await self._placed(served, app)
-            if time.monotonic() > deadline:
-                raise ClusterError(f"version {served.version} is {found[0].value.lower()} for {model.load_s:g} s")
-            await asyncio.sleep(POLL_S)
-        return None
+        app = self._name(served, model)
+        found = await self._settled(app, model.load_s, _NOT_THERE)
+        if found.status in _NOT_THERE:
+            return None
+        if not found.is_running:
+            raise ClusterError(f"version {served.version} is {found.status.value.lower()} for {model.load_s:g} s")
+        return await self._placed(served, app)
 
     async def load(self, served: Served, model: ModelArgs) -> Served:
         """Load a version; the same with its place. What could not be loaded is removed again.
@@ -62,16 +73,15 @@ class RayStage:
         Raises:
             ClusterError: no replica has loaded it within `load_s`, or each one has failed.
         """
-        app, deadline = self._name(served, model), time.monotonic() + model.load_s
+        app = self._name(served, model)
         try:
             await asyncio.to_thread(_run, bound(served, model, self._answer_s), app)
-            while (found := await self._status(app))[0] != ApplicationStatus.RUNNING:
-                if found[0] in _FAILED:
-                    raise ClusterError(found[1])
-                if time.monotonic() > deadline:
-                    wants = "has the cluster the CPUs and GPUs for a second version?"
-                    raise ClusterError(f"version {served.version} is not loaded within {model.load_s:g} s; {wants}")
-                await asyncio.sleep(POLL_S)
+            found = await self._settled(app, model.load_s, _FAILED)
+            if found.status in _FAILED:
+                raise ClusterError(found.reason)
+            if not found.is_running:
+                wants = "has the cluster the CPUs and GPUs for a second version?"
+                raise ClusterError(f"version {served.version} is not loaded within {model.load_s:g} s; {wants}")
             return await self._placed(served, app)
         except BaseException:
             with contextlib.suppress(Exception):  # the reason counts
@@ -121,13 +131,22 @@ class RayStage:
             self._handles[app] = await asyncio.to_thread(ray.serve.get_app_handle, app)
         return replace(served, app=app)
 
-    async def _status(self, app: str) -> tuple[ApplicationStatus, str]:
+    async def _settled(self, app: str, within_s: float, ends: Collection[ApplicationStatus]) -> _Condition:
+        """The condition of a place that runs or has come to one of some ends; after `within_s` whatever it is in."""
+        deadline = time.monotonic() + within_s
+        while not ((found := await self._condition(app)).is_running or found.status in ends):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(POLL_S)
+        return found
+
+    async def _condition(self, app: str) -> _Condition:
         status = await asyncio.to_thread(ray.serve.status)
         found = status.applications.get(app)
         if found is None:
-            return ApplicationStatus.NOT_STARTED, ""
+            return _Condition(ApplicationStatus.NOT_STARTED)
         reasons = [found.message, *(deployment.message for deployment in found.deployments.values())]
-        return found.status, last_raised(" ".join(reasons))
+        return _Condition(found.status, last_raised(" ".join(reasons)))
 
 
 def bound(served: Served, args: ModelArgs, answer_s: float) -> ray.serve.Application:

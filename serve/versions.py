@@ -1,42 +1,52 @@
 """From names to versions to bundles on disk: where an alias points to now, and that version's bundle, checked.
 
 A folder's bundle is its own version. What is served is written down, so that a process that starts while the registry
-is away serves what was served last. Nothing here knows Ray.
+is away serves what was served last; what nobody needs any more is removed. Nothing here knows Ray.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.errors import ConfigError, TrackingError
+from pipeline import storage
+from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
+from serve.pauses import Pauses
 from serve.schemas import AppArgs, ModelArgs, Served
 
 REGISTRY = "MLFLOW_TRACKING_URI"
 MEMORY = "served.json"
 NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 """For every process that serves: MLflow unpickles what a model holds unless it is told not to."""
+UNUSED_S = 86400.0
+"""So long nobody must have asked for a fetched bundle before it is removed. Jobs and other applications share the
+folder, and what was asked for once may be loaded hours later, by a replica or an actor that is started anew."""
 _log = logging.getLogger("ray.serve")
 
 
 class Versions:
     """What the aliases of an application's models mean."""
 
-    def __init__(self, args: AppArgs) -> None:
+    def __init__(self, args: AppArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._uri = args.registry or os.environ.get(REGISTRY)
         self._cache = args.cache.resolve()
         self._lock = threading.Lock()
         self._folders: dict[Any, Bundle] = {}
         self._checked: dict[Any, tuple[Bundle, str | None]] = {}
+        self._pauses = Pauses(clock)
+        self._unfetched: dict[Any, str] = {}
 
     def settle(self, model: ModelArgs, alias: str) -> Served:
         """What an alias of a model, or the model's folder, means now, its bundle on disk and its checksums right.
@@ -45,7 +55,7 @@ class Versions:
             ConfigError: no registry is known.
             RefusedError: the registry has no such model or alias.
             TrackingError: it does not answer.
-            BundleError: the bundle is damaged.
+            BundleError: the bundle is damaged, or there is no room for it; for a while no other try is made.
         """
         if model.bundle is not None:
             found = self._folder(model.bundle.resolve())
@@ -70,20 +80,40 @@ class Versions:
         return said and self._fetched(model, alias, TypeAdapter(Version).validate_python(said))
 
     def remember(self, served: Served) -> None:
-        """Write down that a version is served by its alias."""
+        """Write down that a version is served by its alias.
+
+        Raises:
+            BundleError: it cannot be written; what was written before is as it was.
+        """
         with self._lock:
             known = [key for key in self._checked if (key.name, key.version) == (served.name, served.version)]
             if not known:
                 return  # a folder's
             memory = self._memory()
             memory.setdefault(served.name, {})[served.alias] = asdict(known[-1])
-            path = self._cache / MEMORY
-            try:
-                partial = path.with_suffix(f".partial-{os.getpid()}")
-                partial.write_text(json.dumps(memory, indent=2))
-                partial.replace(path)
-            except OSError as error:
-                _log.warning("%s: not written, so a start without the registry will not find it: %s", path, error)
+            self._write(json.dumps(memory, indent=2))
+
+    def tidy(self, model: ModelArgs, needed: Collection[str]) -> None:
+        """Remove fetched bundles of a model that nobody has asked for since `UNUSED_S`; raises nothing.
+
+        Args:
+            needed: versions that must stay; so does what was served last by any alias.
+        """
+        from pipeline.tracking import fetched  # noqa: PLC0415
+
+        if model.bundle is not None:
+            return
+        try:
+            known = fetched.versions(self._cache, model.name)
+            last = [said["version"] for said in self._read().get(model.name, {}).values()]
+        except Exception as error:  # what was served last is not known, so nothing is removed
+            _log.warning("%s: unused bundles are not removed: %s", self._cache, error)
+            return
+        for version in known:
+            if version in {*needed, *last}:
+                fetched.use(self._cache, model.name, version)
+            else:
+                self._remove(model.name, version)
 
     def _folder(self, path: Path) -> Bundle:
         """A folder's bundle, looked at again when its files change."""
@@ -102,23 +132,70 @@ class Versions:
             )
         return self._uri
 
+    def _remove(self, name: str, version: str) -> None:
+        from pipeline.tracking import fetched  # noqa: PLC0415
+
+        try:
+            with self._lock:  # nobody is told of it meanwhile
+                if fetched.remove_unused(self._cache, name, version, UNUSED_S):
+                    self._checked = {
+                        key: held for key, held in self._checked.items() if (key.name, key.version) != (name, version)
+                    }
+                    _log.info("%s version %s: its bundle, which nobody needs any more, is removed", name, version)
+        except OSError as error:
+            _log.warning("%s version %s: its bundle, which nobody needs, is not removed: %s", name, version, error)
+
     def _memory(self) -> dict[str, Any]:
         try:
-            found = json.loads((self._cache / MEMORY).read_text())
+            found = self._read()
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
+    def _read(self) -> Any:
+        path = self._cache / MEMORY
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _write(self, text: str) -> None:
+        path = self._cache / MEMORY
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        try:
+            partial.write_text(text)
+            partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise BundleError(
+                f"what is served cannot be written to {path}: {storage.reason(error)}; make room there, for a start "
+                "without the registry would not find it"
+            ) from None
+
     def _fetched(self, model: ModelArgs, alias: str, version: Any) -> Served:
-        from pipeline.tracking import registry  # noqa: PLC0415
+        from pipeline.tracking import fetched  # noqa: PLC0415
 
         version = replace(version, aliases=())  # which change without it
-        if version not in self._checked:  # weights are hundreds of megabytes: looking at them once is enough
+        with self._lock:
+            checked = self._checked.get(version)
+            fetched.use(self._cache, version.name, version.version)
+        return _served(model, version.version, alias, *(checked or self._fetch(version)))
+
+    def _fetch(self, version: Any) -> tuple[Bundle, str | None]:
+        """A version's bundle and link. Weights are hundreds of megabytes: looking at them once is enough."""
+        from pipeline.tracking import registry  # noqa: PLC0415
+
+        if self._pauses.holds(version):
+            raise BundleError(self._unfetched[version])
+        try:
             found = registry.fetch(self._uri or "", version, self._cache)
-            link = registry.run_url(self._uri or "", version)
-            with self._lock:
-                self._checked[version] = found, link
-        return _served(model, version.version, alias, *self._checked[version])
+        except BundleError as error:
+            self._pauses.note(version)
+            self._unfetched[version] = str(error)
+            raise
+        self._pauses.end(version)
+        link = registry.run_url(self._uri or "", version)
+        with self._lock:
+            self._checked[version] = found, link
+        return found, link
 
 
 def settle_all(args: AppArgs) -> list[Served]:

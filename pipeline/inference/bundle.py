@@ -186,6 +186,13 @@ def load(path: Path) -> Bundle:
     return Bundle(path, card)
 
 
+def digest(path: Path) -> str:
+    """Sha256 over the names and contents of a bundle's files."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{sha256_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:

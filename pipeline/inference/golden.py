@@ -18,14 +18,18 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import boxes as geometry
+from pipeline import imaging, storage
 from pipeline.config import Strict
-from pipeline.errors import BundleError, ImageError, ModelError
+from pipeline.data.datasets.image_folder import walk
+from pipeline.errors import BundleError, DataError, ImageError, ModelError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Answer, Classification, Detections
 
 FOLDER = "golden"
 ANSWERS = "answers.json"
+MOST_IMAGES = 16
+"""Of a folder: a version is asked all of them whenever it is loaded anew."""
 MOST_CLASSES = 5
 MIN_SCORE = 0.25
 """Of a detection that is kept."""
@@ -64,6 +68,21 @@ def answer_of(
     if boxes is None:
         return Classification(ranked, rated)
     return Detections(np.array(boxes, np.float32).reshape(-1, 4), ranked, rated)
+
+
+def in_folder(folder: Path) -> list[bytes]:
+    """The images below a folder that somebody has chosen to be kept, by path; hidden files are left out.
+
+    Raises:
+        DataError: there is no such folder, or it holds none, or too many.
+        ImageError: a file is no image; the message names it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give one that holds a few images")
+    files = list(walk(str(folder)))
+    if not 1 <= len(files) <= MOST_IMAGES:
+        raise DataError(f"{folder}: expected 1 to {MOST_IMAGES} golden images, found {len(files)} files")
+    return [_image(file) for file in files]
 
 
 def keep(made: Bundle, images: Sequence[bytes]) -> None:
@@ -121,6 +140,17 @@ def check(expected: Golden, found: Answer) -> None:
                 f"golden image {expected.file}: class {label} had the score {before.get(label, 0.0):.3f} when the "
                 f"bundle was made, now it has {now.get(label, 0.0):.3f}; they may differ by {TOLERANCE}"
             )
+
+
+def _image(file: storage.File) -> bytes:
+    try:
+        data = storage.read(file.uri)
+        imaging.decode(data)
+    except OSError as error:
+        raise DataError(f"{file.uri}: cannot be read: {storage.reason(error)}") from None
+    except ImageError as error:
+        raise ImageError(error.reason, f"{file.uri}: {error}") from None
+    return data
 
 
 def _check_found(file: str, some: Detections, others: Detections) -> None:

@@ -6,9 +6,10 @@ the library's lower rooms). We ourselves only ever take the bundle back: `fetch`
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import logging
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -32,11 +33,12 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
+from pipeline import storage
 from pipeline.config import nearest
 from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle, engine
 from pipeline.inference.bundle import Bundle
-from pipeline.tracking import connection, journal, runs
+from pipeline.tracking import connection, fetched, journal, runs
 from pipeline.tracking.delivery import DIGEST_CHARS
 from pipeline.tracking.runs import Run
 from pipeline.types import Task
@@ -79,6 +81,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a registered model may be called; it becomes a folder's name too."""
 ALIAS = r"^[A-Za-z][A-Za-z0-9_-]*$"
 """What an alias may look like; words that read like versions are refused beside it."""
+_OF_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _NAME = re.compile(NAME)
 _ALIAS = re.compile(r"(?!(\d+|v\d+|latest)$)[a-z0-9][a-z0-9_-]*", re.IGNORECASE)  # MLflow itself takes digits
 _REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -122,7 +125,7 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name '{name}': expected letters, digits, '.', '_' or '-', beginning with the former")
     connection.check(run.uri)
-    tags = {**made.card.provenance, "weights_sha256": made.card.weights_sha256, DIGEST_TAG: digest(made.path)}
+    tags = {**made.card.provenance, "weights_sha256": made.card.weights_sha256, DIGEST_TAG: bundle.digest(made.path)}
     with connection.answers(run.uri) as client:
         logged = client.create_logged_model(run.experiment_id, name, run.id, tags, model_type=made.card.task)
         try:
@@ -218,22 +221,30 @@ def fetch(uri: str, version: Version, destination: Path) -> Bundle:
     """The bundle of a version, under `destination/<name>/<version>`, where it stays for the next call.
 
     Only the bundle's own files are downloaded. They appear whole or not at all, also when several processes fetch the
-    same version. A copy that is whole needs no server.
+    same version, and with a receipt (`pipeline.tracking.fetched`). A copy that is whole needs no server.
 
     Raises:
-        BundleError: what was stored is not what was registered.
+        BundleError: what was stored is not what was registered, or there is no room for it here; nothing is left of it.
         TrackingError: the server does not answer, or the version holds no bundle.
     """
     if not (_NAME.fullmatch(version.name) and version.version.isdigit()):
         raise ConfigError(f"'{version.name}' version '{version.version}' cannot be a folder's name")
     path = destination / version.name / version.version
-    if path.is_dir() and digest(path) == version.digest:
+    fetched.use(destination, version.name, version.version)
+    if _is_whole(path, version.digest):
         return bundle.load(path)
     connection.check(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as partial:
-        downloaded = _download(uri, version, Path(partial))
-        _replace(path, downloaded, version.digest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as partial:
+            downloaded = _download(uri, version, Path(partial))
+            fetched.note(destination, version.name, version.version, version.digest)
+            _replace(path, downloaded, version.digest)
+    except OSError as error:
+        raise BundleError(
+            f"the bundle of {version.name} version {version.version} cannot be kept in {destination}: "
+            f"{storage.reason(error)}; make room there, or let it be written to"
+        ) from None
     return bundle.load(path)
 
 
@@ -247,13 +258,6 @@ def run_url(uri: str, version: Version) -> str | None:
     except TrackingError:
         return None
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def digest(path: Path) -> str:
-    """Sha256 over the names and contents of a bundle's files."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{bundle.sha256_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def save(made: Bundle, path: Path, mlflow_model: Model | None = None) -> None:
@@ -365,11 +369,14 @@ def _download(uri: str, version: Version, folder: Path) -> Path:
         raise TrackingError(f"{where} was not registered by this project: it has no tag {DIGEST_TAG}")
     with connection.answers(uri) as client:
         stored = client.get_model_version_download_uri(version.name, version.version)
-        mlflow.artifacts.download_artifacts(
-            f"{stored}/artifacts/bundle", dst_path=str(folder), tracking_uri=uri, registry_uri=uri
-        )
+        try:
+            mlflow.artifacts.download_artifacts(
+                f"{stored}/artifacts/bundle", dst_path=str(folder), tracking_uri=uri, registry_uri=uri
+            )
+        except MlflowException as error:
+            raise _of_disk(error) or error from None
     downloaded = folder / "bundle"
-    found = digest(downloaded)
+    found = bundle.digest(downloaded)
     if found != version.digest:
         raise BundleError(
             f"{where}: the stored bundle is not the registered one (expected sha256 {version.digest[:12]}, got "
@@ -378,12 +385,26 @@ def _download(uri: str, version: Version, folder: Path) -> Path:
     return downloaded
 
 
+def _of_disk(error: MlflowException) -> OSError | None:
+    """The error of a disk on this side, which MLflow tells as text among others'."""
+    found = re.search(r"\[Errno (\d+)\]", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number)) if number in _OF_DISK else None
+
+
+def _is_whole(path: Path, expected: str) -> bool:
+    try:
+        return path.is_dir() and bundle.digest(path) == expected
+    except FileNotFoundError:  # it is just being removed
+        return False
+
+
 def _replace(path: Path, source: Path, expected: str) -> None:
     """Move a whole bundle to `path`, over a damaged one; another process may have been first."""
     try:
         source.rename(path)
     except OSError:
-        if digest(path) == expected:
+        if bundle.digest(path) == expected:
             return
         shutil.rmtree(path)
         source.rename(path)

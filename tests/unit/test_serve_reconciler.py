@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BundleError, ModelError, TrackingError
-from serve.reconciler import FIRST_PAUSE_S, LONGEST_PAUSE_S, TURN_S, Follower, Reconciler
+from serve.pauses import FIRST_PAUSE_S, LONGEST_PAUSE_S
+from serve.reconciler import TIDY_S, TURN_S, Follower, Reconciler
 from serve.schemas import ModelArgs, Served
 
 
@@ -27,6 +28,8 @@ class Registry:
         self.points: dict[str, int | Exception | None] = {"champion": champion, "challenger": challenger}
         self.was: int | None = None
         self.remembered: list[str] = []
+        self.is_full = False
+        self.needed: list[set[str]] = []
 
     def settle(self, model: ModelArgs, alias: str) -> Served:
         found = self.points[alias]
@@ -42,7 +45,12 @@ class Registry:
         return None if self.points[alias] is None else self.settle(model, alias)
 
     def remember(self, served: Served) -> None:
+        if self.is_full:
+            raise BundleError("what is served cannot be written to /srv/cache/served.json: No space left on device")
         self.remembered.append(served.version)
+
+    def tidy(self, model: ModelArgs, needed: Collection[str]) -> None:
+        self.needed.append(set(needed))
 
 
 class Loading:
@@ -457,3 +465,69 @@ def test_reconciler_whose_task_has_ended_is_not_healthy(monkeypatch: pytest.Monk
             reconciler.check()
 
     asyncio.run(scenario())
+
+
+def test_what_is_served_but_not_written_down_is_served_all_the_same_and_written_when_it_can_be() -> None:
+    case = Case(Registry(1))
+    case.step()
+    case.registry.is_full = True
+    case.registry.points["champion"] = 2
+    case.step()
+    told = {"served.json": "what is served cannot be written to served.json: No space left on device"}
+    assert (case.live, case.troubles) == ("2", told)
+    published = len(case.published)
+    case.step()
+    assert (case.troubles, len(case.published)) == (told, published)  # the ingress is not told the same again
+    case.registry.is_full = False
+    case.step()
+    case.step()
+    assert (case.live, case.troubles, case.registry.remembered) == ("2", {}, ["1", "2"])
+
+
+def test_bundles_are_let_go_at_quiet_times_only_and_those_of_shown_versions_never() -> None:
+    case = Case(Registry(1, challenger=2), challenger={})
+    case.stage.apps = ["app-of-yore"]
+    case.step()
+    assert case.registry.needed == []  # something is loaded that nobody knows
+    case.step(TURN_S)
+    assert case.registry.needed == [{"1", "2"}]
+    case.registry.points["champion"] = 3
+    case.step(2 * TURN_S)
+    case.step(2 * TURN_S + TIDY_S)  # version 1 is kept no longer, but an ingress may still ask it
+    assert (case.kept, case.registry.needed[1:]) == ([], [])
+    case.step(3 * TURN_S + TIDY_S)
+    assert case.registry.needed[1:] == [{"3", "2"}]
+    case.step(3 * TURN_S + 2 * TIDY_S - 1)
+    assert case.registry.needed[2:] == []
+    case.step(3 * TURN_S + 2 * TIDY_S)
+    assert case.registry.needed[2:] == [{"3", "2"}]
+
+
+def test_bundles_are_not_let_go_while_a_version_is_being_loaded() -> None:
+    case = Case(Registry(1, challenger=2), challenger={})
+    case.stage.slow = {"2"}
+
+    async def scenario() -> None:
+        await case.follower.follow_live()
+        slow = asyncio.create_task(case.follower.follow_challenger())
+        async with asyncio.timeout(10):
+            while "load 2" not in case.stage.did:
+                await asyncio.sleep(0.01)
+        await case.follower.tidy()
+        assert case.registry.needed == []
+        slow.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_bundles_that_cannot_be_let_go_stop_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck(Registry):
+        def tidy(self, model: ModelArgs, needed: Collection[str]) -> None:
+            raise RuntimeError("stuck")
+
+    case = Case(Stuck(1))
+    case.step()
+    assert "unused bundles could not be removed" in caplog.text
+    case.registry.points["champion"] = 2
+    case.step()
+    assert (case.live, case.troubles) == ("2", {})

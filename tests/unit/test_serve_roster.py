@@ -108,6 +108,48 @@ def test_models_show_versions_and_how_often_the_challenger_agrees() -> None:
     assert asked.gate.tally(RIVAL).requests == 0  # what nobody waited for is no request
 
 
+def test_agreement_is_of_the_present_pair_and_of_no_other_that_the_challenger_had() -> None:
+    """Version 3 disagrees with version 4 in what is being compared when version 2 takes over, which agrees."""
+
+    class Answering:
+        """The challenger's answers wait for `let_go`."""
+
+        def __init__(self) -> None:
+            self.let_go = asyncio.Event()
+
+        async def predict(self, served: Any, images: Any, wanted: Any) -> list[Told]:
+            if served == RIVAL:
+                await self.let_go.wait()
+            return [replace(ranked(1), class_names=("one",) if served == LIVE else ("another",))]
+
+    first = replace(STANDING, share=0.0, shadow=1.0)
+    asked, models = client(first), Answering()
+    asked.gate._ask = models  # type: ignore[assignment]
+
+    async def shown(after: int) -> tuple[int, int]:
+        async with asyncio.timeout(10):
+            while len(asked.gate._shadows) > after:
+                await asyncio.sleep(0)
+        _, body, _ = await asked.send("GET", "/models", asked._body([b""], 0), {})
+        challenger = body["models"][0]["challenger"]
+        return challenger["compared"], challenger["agreed"]
+
+    async def scenario() -> None:
+        for _ in range(2):
+            await asked.post("/predict/digits", [b"x"])
+        asked.gate.roster = Roster.of([replace(first, live=OLD, kept=(LIVE,))])
+        assert await shown(after=2) == (0, 0)
+        models.let_go.set()
+        assert await shown(after=0) == (0, 0)  # they were compared with another
+        for _ in range(3):
+            await asked.post("/predict/digits", [b"x"])
+        assert await shown(after=0) == (3, 3)
+        asked.gate.roster = Roster.of([first])
+        assert await shown(after=0) == (2, 0)
+
+    asyncio.run(scenario())
+
+
 def test_a_shadow_that_fails_or_is_slow_is_not_the_clients_affair() -> None:
     asked = client(replace(STANDING, share=0.0, shadow=1.0), max_shadowed=2, answer_s=5.0)
 
