@@ -62,6 +62,9 @@ class Aliases(Protocol):
 class Stage(Protocol):
     """Where versions are loaded."""
 
+    def place(self, served: Served, model: ModelArgs) -> str:
+        """The place that a version is loaded in, or would be."""
+
     async def find(self, served: Served, model: ModelArgs) -> Served | None:
         """A version that is loaded, with its place; None: it is not, and nothing is done about it."""
 
@@ -108,7 +111,7 @@ class Follower:
         self._tidied_s = -math.inf
         self._left_s: dict[Served, float] = {}
         self._gone_s: dict[str, float] = {}
-        self._num_loading = 0
+        self._loading: list[str] = []
         self._is_swept = False
 
     async def follow_live(self) -> None:
@@ -139,9 +142,10 @@ class Follower:
         try:
             await self._find_strays()
             late = [app for app, at_s in self._gone_s.items() if self._clock() - at_s >= TURN_S]
-            for app in late if not self._num_loading else ():  # one of them may be what is being loaded
-                await self._stage.unload(app)
-                self._gone_s.pop(app, None)
+            for app in late:
+                if app not in self._loading:  # what is being loaded may need the room of the others
+                    await self._stage.unload(app)
+                    self._gone_s.pop(app, None)
         except Exception:
             _log.exception("%s: what is kept no longer could not be unloaded; it is tried again", self.model.name)
             self._is_swept = False
@@ -162,7 +166,7 @@ class Follower:
 
     async def _tidy_bundles(self) -> None:
         """Let bundles go at a quiet time: nothing is being loaded, and nothing is loaded but what is shown."""
-        is_busy = self._num_loading or self.standing.live is None
+        is_busy = self._loading or self.standing.live is None
         if is_busy or self._clock() - self._tidied_s < TIDY_S:
             return
         try:
@@ -237,7 +241,8 @@ class Follower:
                 f"version {wanted.version} is for {wanted.task}, version {live.version}, which is served, for "
                 f"{live.task}; register it under another name"
             )
-        self._num_loading += 1
+        place = self._stage.place(wanted, self.model)
+        self._loading.append(place)
         try:
             found = await self._stage.find(wanted, self.model)
             loaded = found or await self._stage.load(wanted, self.model)
@@ -248,7 +253,7 @@ class Follower:
             self._refused.note(_key(wanted, is_proven=is_proven))
             raise
         finally:
-            self._num_loading -= 1
+            self._loading.remove(place)
         self._refused.end(_key(wanted, is_proven=is_proven))
         return loaded
 
@@ -262,7 +267,7 @@ class Follower:
 
     async def _find_strays(self) -> None:
         """Let go, once, what an earlier reconciler has left and nobody asks for."""
-        if self._is_swept or self._num_loading or self.standing.live is None:
+        if self._is_swept or self._loading or self.standing.live is None:
             return
         wanted = {served.app for served in self.standing.versions}
         strays = [app for app in await self._stage.loaded(self.model) if app not in wanted]

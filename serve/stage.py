@@ -57,9 +57,16 @@ class RayStage:
         self._answer_s = answer_s
         self._handles: dict[str, Any] = {}
 
+    def place(self, served: Served, model: ModelArgs) -> str:
+        """The place of a version: another one where replicas would be others."""
+        args = model.model_dump_json(exclude={"alias", "challenger", "load_s", "keep_s"})
+        code = f"{metadata.version('ventral')} {ray.get_runtime_context().get_runtime_env_string()}"
+        told = f"{served.weights} {served.bundle} {args} {self._answer_s} {code}"
+        return f"{self._application}+{served.name}+{served.version}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
     async def find(self, served: Served, model: ModelArgs) -> Served | None:
         """A version that is loaded, or is just being loaded; None: it is not, and nothing is done about it."""
-        app = self._name(served, model)
+        app = self.place(served, model)
         found = await self._settled(app, model.load_s, _NOT_THERE)
         if found.status in _NOT_THERE:
             return None
@@ -73,7 +80,7 @@ class RayStage:
         Raises:
             ClusterError: no replica has loaded it within `load_s`, or each one has failed.
         """
-        app = self._name(served, model)
+        app = self.place(served, model)
         try:
             await asyncio.to_thread(_run, bound(served, model, self._answer_s), app)
             found = await self._settled(app, model.load_s, _FAILED)
@@ -118,13 +125,6 @@ class RayStage:
     def handles(self) -> Mapping[str, Any]:
         """How replicas are reached, by place."""
         return dict(self._handles)
-
-    def _name(self, served: Served, model: ModelArgs) -> str:
-        """Of the place that holds a version: another one where replicas would be others."""
-        args = model.model_dump_json(exclude={"alias", "challenger", "load_s", "keep_s"})
-        code = f"{metadata.version('ventral')} {ray.get_runtime_context().get_runtime_env_string()}"
-        told = f"{served.weights} {served.bundle} {args} {self._answer_s} {code}"
-        return f"{self._application}+{served.name}+{served.version}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     async def _placed(self, served: Served, app: str) -> Served:
         if app not in self._handles:

@@ -64,12 +64,15 @@ class Loading:
         self.slow: set[str] = set()
         self.during: Any = None
 
+    def place(self, served: Served, model: ModelArgs) -> str:
+        return f"app-{served.version}"
+
     async def find(self, served: Served, model: ModelArgs) -> Served | None:
-        app = f"app-{served.version}"
+        app = self.place(served, model)
         return replace(served, app=app) if app in self.apps else None
 
     async def load(self, served: Served, model: ModelArgs) -> Served:
-        app = f"app-{served.version}"
+        app = self.place(served, model)
         self.did.append(f"load {served.version}")
         if self.during is not None:
             self.during()
@@ -345,8 +348,30 @@ def test_a_challenger_that_is_loaded_slowly_holds_nothing_up() -> None:
         await case.follower.follow_live()
         assert case.live == "1"
         case.now_s = 1000.0
-        await case.follower.tidy()  # nothing is unloaded while something is being loaded
+        await case.follower.tidy()  # nobody has been told yet
         assert case.stage.apps == ["app-2", "app-1"]
+        slow.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_is_loaded_slowly_holds_up_no_unloading_it_may_wait_for_that_room() -> None:
+    case = Case(Registry(1), keep_s=0.0)
+    case.step()
+    case.registry.points["champion"] = 2
+    case.step()
+    case.step(TURN_S)
+    case.registry.points["champion"] = 3
+    case.stage.slow = {"3"}
+
+    async def scenario() -> None:
+        slow = asyncio.create_task(case.follower.follow_live())
+        async with asyncio.timeout(10):
+            while "load 3" not in case.stage.did:
+                await asyncio.sleep(0.01)
+        case.now_s = 2 * TURN_S
+        await case.follower.tidy()
+        assert case.stage.apps == ["app-2"]
         slow.cancel()
 
     asyncio.run(scenario())
