@@ -101,8 +101,11 @@ def three(mlflow_server: Service, tmp_path_factory: pytest.TempPathFactory) -> s
 class Anywhere:
     """A stage on which everything is loaded at once."""
 
+    def place(self, served: Served, model: ModelArgs) -> str:
+        return f"app-{served.version}"
+
     async def find(self, served: Served, model: ModelArgs) -> Served | None:
-        return replace(served, app=f"app-{served.version}")
+        return replace(served, app=self.place(served, model))
 
     async def rehearse(self, served: Served, model: ModelArgs) -> None:
         bundle.load(served.bundle)
