@@ -52,8 +52,6 @@ class Tally:
         failed_ms: of the others.
         decode_ms, queue_ms, infer_ms: over all images.
         last_ms: when the last answer was given, in milliseconds since 1970.
-        compared, agreed: images that it was asked only for comparison with the present live version, and those of them
-            that both said the same of; only `Gate.tally` fills them in.
     """
 
     requests: int = 0
@@ -65,8 +63,6 @@ class Tally:
     queue_ms: float = 0.0
     infer_ms: float = 0.0
     last_ms: int = 0
-    compared: int = 0
-    agreed: int = 0
 
     def note(self, answers: Sequence[Told | Refused], ms: float) -> None:
         """Count a request whose images were all looked at; one that is no image makes it a failure."""
@@ -112,10 +108,12 @@ class Gate:
         return self.roster.standings
 
     def tally(self, served: Served) -> Tally:
-        """What a version has done here until now."""
-        standing = self.standings.get(served.name)
-        both = self._agreement(standing.live, served) if standing and standing.live else Agreement()
-        return replace(self._tally(served), compared=both.compared, agreed=both.agreed)
+        """What a version has done here."""
+        return self._tallies.setdefault((served.name, served.version), Tally())
+
+    def agreement(self, live: Served, rival: Served) -> Agreement:
+        """How often two versions of a model have said the same here."""
+        return self._agreements.setdefault((live.name, live.version, rival.version), Agreement())
 
     def find(self, address: str, version: str | None = None, key: str = "") -> Served:
         """The version that a path `name` or `name@alias` means, and perhaps a version's number.
@@ -172,7 +170,7 @@ class Gate:
         """
         if len(images) > 1:  # of one alone the model's own limit holds
             await asyncio.to_thread(bodies.check_pixels, images, self.limits)
-        tally, began = self._tally(served), time.monotonic()
+        tally, began = self.tally(served), time.monotonic()
         patience_s = min(self.limits.answer_s, within_s or self.limits.answer_s)
         try:
             async with asyncio.timeout(patience_s):
@@ -246,15 +244,9 @@ class Gate:
             return
         finally:
             self._shadowed -= len(images)
-        both = self._agreement(live, rival)  # of those that were asked, whichever is live by now
+        both = self.agreement(live, rival)  # of those that were asked, whichever is live by now
         for one, other in zip(answers, others, strict=True):
             both.note(one, other)
-
-    def _tally(self, served: Served) -> Tally:
-        return self._tallies.setdefault((served.name, served.version), Tally())
-
-    def _agreement(self, live: Served, rival: Served) -> Agreement:
-        return self._agreements.setdefault((live.name, live.version, rival.version), Agreement())
 
 
 def _here(standing: Standing) -> str:

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from serve import bodies, docs, invocations, oip, openapi, pages, problems
+from serve.agreement import Agreement
 from serve.gate import Gate, told_of, wanted_of
 from serve.keys import Guard, Ring
 from serve.problems import Problem, ProblemOut
@@ -128,14 +129,14 @@ class Ingress:
         served = standing.challenger
         if served is None:
             return None
-        tally = self.gate.tally(served)
+        both = self.gate.agreement(standing.live, served) if standing.live else Agreement()
         return ChallengerState(
             version=served.version,
             alias=served.alias or "",
             share=standing.share,
             shadow=standing.shadow,
-            compared=tally.compared,
-            agreed=tally.agreed,
+            compared=both.compared,
+            agreed=both.agreed,
         )
 
 

@@ -90,7 +90,7 @@ def test_models_show_versions_and_how_often_the_challenger_agrees() -> None:
         for _ in range(3):
             assert (await asked.post("/predict/digits", [b"x"]))[0] == 200
         async with asyncio.timeout(10):
-            while asked.gate.tally(RIVAL).compared < 3:
+            while asked.gate.agreement(LIVE, RIVAL).compared < 3:
                 await asyncio.sleep(0)
         return await asked.send("GET", "/models", asked._body([b""], 0), {})
 
