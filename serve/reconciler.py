@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from dataclasses import replace
 from typing import Any, Protocol
 
-from pipeline.errors import ModelError, VentralError
+from pipeline.errors import ModelError, VentralError, last_raised
 from serve.pauses import Pauses
 from serve.roster import Roster, Standing
 from serve.schemas import ModelArgs, Served
@@ -35,6 +35,8 @@ TURN_S = 15.0
 """Within so long every ingress process has turned to what it is told; so long nothing that it may ask is unloaded."""
 TIDY_S = 600.0
 """Between two looks for bundles that nobody needs."""
+MAX_UNFORESEEN = 200
+"""Characters that are told of an error nobody has thought of: its log may be gone with its machine."""
 _PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+")
 _log = logging.getLogger("ray.serve")
@@ -373,7 +375,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, VentralError):
         return shown(str(error))
     _log.error("unforeseen", exc_info=error)
-    return f"an unforeseen {type(error).__name__}; the reconciler's log tells more"
+    said = last_raised(shown(str(error)))[:MAX_UNFORESEEN]
+    return f"an unforeseen {type(error).__name__} ({said}); the reconciler's log tells more"
 
 
 def _key(served: Served, *, is_proven: bool = False) -> tuple[str, str, bool]:

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -50,12 +52,17 @@ class _Condition:
 
 
 class RayStage:
-    """Ray Serve as `serve.reconciler.Stage`."""
+    """Ray Serve as `serve.reconciler.Stage`.
+
+    One thread asks Ray Serve, for every model: each configuration that Ray makes, also to tell how it is, changes for
+    a while how modules are pickled in the whole process, and two at a time undo each other's change.
+    """
 
     def __init__(self, application: str, answer_s: float) -> None:
         self._application = application
         self._answer_s = answer_s
         self._handles: dict[str, Any] = {}
+        self._thread = ThreadPoolExecutor(1, "ray-serve")
 
     def place(self, served: Served, model: ModelArgs) -> str:
         """The place of a version: another one where replicas would be others."""
@@ -82,7 +89,7 @@ class RayStage:
         """
         app = self.place(served, model)
         try:
-            await asyncio.to_thread(_run, bound(served, model, self._answer_s), app)
+            await self._ask(_deploy, served, model, self._answer_s, app)
             found = await self._settled(app, model.load_s, _FAILED)
             if found.status in _FAILED:
                 raise ClusterError(found.reason)
@@ -115,20 +122,23 @@ class RayStage:
     async def unload(self, app: str) -> None:
         """Let what is loaded in a place go, once what it has been asked is answered; does not wait for it."""
         self._handles.pop(app, None)
-        await asyncio.to_thread(ray.serve.delete, app, _blocking=False)
+        await self._ask(ray.serve.delete, app, _blocking=False)
 
     async def loaded(self, model: ModelArgs) -> Sequence[str]:
         """Every place that a version of a model is loaded in."""
-        status = await asyncio.to_thread(ray.serve.status)
+        status = await self._ask(ray.serve.status)
         return [app for app in status.applications if app.split("+")[:2] == [self._application, model.name]]
 
     def handles(self) -> Mapping[str, Any]:
         """How replicas are reached, by place."""
         return dict(self._handles)
 
+    async def _ask(self, call: Callable[..., Any], *args: Any, **keys: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(call, *args, **keys))
+
     async def _placed(self, served: Served, app: str) -> Served:
         if app not in self._handles:
-            self._handles[app] = await asyncio.to_thread(ray.serve.get_app_handle, app)
+            self._handles[app] = await self._ask(ray.serve.get_app_handle, app)
         return replace(served, app=app)
 
     async def _settled(self, app: str, within_s: float, ends: Collection[ApplicationStatus]) -> _Condition:
@@ -141,7 +151,7 @@ class RayStage:
         return found
 
     async def _condition(self, app: str) -> _Condition:
-        status = await asyncio.to_thread(ray.serve.status)
+        status = await self._ask(ray.serve.status)
         found = status.applications.get(app)
         if found is None:
             return _Condition(ApplicationStatus.NOT_STARTED)
@@ -176,7 +186,7 @@ def _autoscaling(args: Autoscaling, batch_size: int) -> AutoscalingConfig:
     )
 
 
-def _run(application: ray.serve.Application, name: str) -> None:
+def _deploy(served: Served, args: ModelArgs, answer_s: float, name: str) -> None:
     """Deploy, and do not wait: `ray.serve.run` waits for as long as it takes."""
-    target = RunTarget(application, name=name, route_prefix=None)
+    target = RunTarget(bound(served, args, answer_s), name=name, route_prefix=None)
     run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
