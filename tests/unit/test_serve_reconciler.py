@@ -233,7 +233,7 @@ def test_a_version_that_cannot_be_taken_leaves_the_live_one_and_says_why(place: 
 def test_a_version_that_cannot_be_taken_is_tried_again_after_pauses_that_double() -> None:
     case = Case(Registry(1))
     case.step()
-    trace = "Traceback (most recent call last):\n  File /srv/a.py, line 1\nValueError: http://me:word@host/x, see /tmp/a/b"
+    trace = "Traceback (most recent call last):\n  File /srv/a.py, line 1\nValueError: http://me:x@host/y, see /tmp/a/b"
     case.stage.fails["2"] = RuntimeError(trace)
     case.registry.points["champion"] = 2
     tried_s = []
@@ -246,7 +246,7 @@ def test_a_version_that_cannot_be_taken_is_tried_again_after_pauses_that_double(
     assert pauses[:4] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S]
     assert max(pauses) == LONGEST_PAUSE_S
     assert case.troubles == {
-        "champion": "an unforeseen RuntimeError (ValueError: http://host/x, see b); the reconciler's log tells more"
+        "champion": "an unforeseen RuntimeError (ValueError: http://host/y, see b); the reconciler's log tells more"
     }
     del case.stage.fails["2"]
     case.now_s += LONGEST_PAUSE_S
