@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
+from PIL import Image
 
 from jobs import _stack
 from jobs._deploy import deploy, replicas
@@ -122,16 +125,25 @@ def test_without_the_registry_what_was_served_last_is_served(
 def test_a_client_that_goes_away_is_not_computed_for(
     ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
 ) -> None:
-    """Its batch waits long enough for it to leave; the replica then has fewer images to compute than were sent."""
-    url = deploy(ray_head, app_config(batch={"max_size": 64, "wait_ms": 1000.0}))
+    """One request of large images keeps the only decoder busy; who leaves meanwhile has nothing computed."""
+    url = deploy(ray_head, app_config(decoders=1))
     at, data = urlsplit(url), picture()
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 2500)).save(buffer, "PNG")
+    large = [("images", ("large.png", buffer.getvalue(), "image/png"))] * 12
     head = f"POST /predict/tiny HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-    leaving = [socket.create_connection((str(at.hostname), int(at.port or 0)), 10) for _ in range(5)]
-    for client in leaving:
-        client.sendall(head + data)
-    time.sleep(0.3)  # they have arrived
-    for client in leaving:
-        client.close()
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(requests.post, f"{url}/predict/tiny", files=large, timeout=60)
+        time.sleep(0.3)  # it has arrived
+        leaving = [socket.create_connection((str(at.hostname), int(at.port or 0)), 10) for _ in range(5)]
+        for client in leaving:
+            client.sendall(head + data)
+        time.sleep(0.3)  # they too
+        for client in leaving:
+            client.close()
+        time.sleep(0.1)
+        assert not busy.done()  # or what they wanted may have been computed
+        assert busy.result().status_code == 200
     assert requests.post(f"{url}/predict/tiny", data=data, timeout=30).status_code == 200
     (stats,) = requests.get(f"{url}/v2/models/tiny/stats", timeout=30).json()["model_stats"]
-    assert stats["inference_count"] == 1
+    assert stats["inference_count"] == len(large) + 1
