@@ -1,4 +1,7 @@
-"""What the machine does while something is measured: memory of a tree of processes, and CPU time of all others."""
+"""What the machine does while something is measured: memory of a tree of processes, and CPU time of all others.
+
+Servers that wait for their turn can be halted, for an idle one of many processes takes part of a small machine too.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -75,6 +79,46 @@ def cpu_s(roots: list[int]) -> float:
     return sum(_cpu_s(process) for process in _tree(roots) if process != here)
 
 
+class Halted:
+    """Servers of which one runs at a time: the processes of all others are stopped, and go on where they were.
+
+    A server is halted for as long as it is not measured, not between any two blocks: what its processes expect of each
+    other in time is late once, not again and again.
+
+    Args:
+        roots: the processes of each server, by its name; each with its children. Servers may have some in common.
+        settle_s: for a server that has been woken, to make up for what it has missed.
+    """
+
+    def __init__(self, roots: Mapping[str, Iterable[int]], settle_s: float = 2.0) -> None:
+        self._roots = {name: frozenset(pids) for name, pids in roots.items()}
+        self._settle_s = settle_s
+        self._halted = frozenset[int]()
+
+    def __enter__(self) -> Self:
+        """Nothing is halted yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let all go on."""
+        self._resume(self._halted)
+
+    def all_but(self, name: str) -> None:
+        """Halt all servers but this one, if it is one; returns as soon as it is at rest again."""
+        wanted = self._roots.get(name, frozenset())
+        for pid in frozenset[int]().union(*self._roots.values()) - self._halted - wanted:
+            _each(pid, psutil.Process.suspend)
+            self._halted |= {pid}
+        if woken := wanted & self._halted:
+            self._resume(woken)
+            time.sleep(self._settle_s)
+
+    def _resume(self, pids: frozenset[int]) -> None:
+        for pid in pids:
+            _each(pid, psutil.Process.resume)
+        self._halted -= pids
+
+
 def described() -> dict[str, str]:
     """Processor, number of CPUs, operating system."""
     return {"processor": _processor(), "cpus": str(os.cpu_count()), "system": platform.platform()}
@@ -86,6 +130,16 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _each(pid: int, do: Callable[[psutil.Process], None]) -> None:
+    """Do something to a process and its children, it first; those that have ended are left out."""
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        do(root)
+        for process in root.children(recursive=True):
+            with suppress(psutil.Error):
+                do(process)
 
 
 def _tree(roots: list[int]) -> set[psutil.Process]:

@@ -1,9 +1,9 @@
 """The serving benchmark: this project's endpoint and its peers, with one model and the same JPEGs, round after round.
 
-All servers run from the beginning, and one at a time is pressed (`serving_block`). Peers come as their documentation
-shows them, with torchvision's fp32 network, and given this project's bundle and predictor, so that what the model gains
-and what the serving gains can be told apart (`servers`). How servers are started is the door's business; what comes out
-is in `serving_report`.
+All servers are started at the beginning, and one at a time is pressed (`serving_block`) while the others are halted.
+Peers come as their documentation shows them, with torchvision's fp32 network, and given this project's bundle and
+predictor, so that what the model gains and what the serving gains can be told apart (`servers`). How servers are
+started is the door's business; what comes out is in `serving_report`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, PositiveInt
 
 from pipeline.benchmark import rounds, serving_block, serving_model
+from pipeline.benchmark.machine import Halted
 from pipeline.benchmark.rounds import Say
 from pipeline.benchmark.servers.classifier import Form
 from pipeline.benchmark.serving_block import Address, Block, Wire
@@ -145,11 +146,13 @@ def _is_here(server: Server, config: Config) -> bool:
 
 def _rounds(config: Config, addresses: Mapping[str, Address], folder: Path, say: Say) -> tuple[Round, ...]:
     def measure(name: str, number: str) -> Block | Bare:
+        halted.all_but(name)
         found = _bare(config, name, folder) if name in (DOCUMENTED, GIVEN) else _press(config, name, addresses, folder)
         say(f"round {number}  {name}: {_shown(found)}")
         return found
 
-    made = rounds.take_turns([*addresses, DOCUMENTED, GIVEN], config.rounds, measure)
+    with Halted({name: address.roots for name, address in addresses.items()}) as halted:
+        made = rounds.take_turns([*addresses, DOCUMENTED, GIVEN], config.rounds, measure)
     return tuple(
         Round(
             blocks={name: block for name, block in found.items() if isinstance(block, Block)},

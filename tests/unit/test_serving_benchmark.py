@@ -10,18 +10,21 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from email import policy
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from jobs import benchmark as door
 from pipeline import imaging
 from pipeline.benchmark import load, serving, serving_model
+from pipeline.benchmark.machine import Halted
 from pipeline.benchmark.servers import classifier, fastapi, null
 from pipeline.benchmark.serving_block import Address, Block, Level, Task, Wire, best, measure, requests_for
 from pipeline.benchmark.serving_model import Bare
@@ -279,6 +282,48 @@ def test_cpu_time_is_that_of_other_processes_only() -> None:
     alone = "import os; from pipeline.benchmark.machine import cpu_s; print(cpu_s([os.getpid()]))"
     done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, check=True)
     assert float(done.stdout) == 0.0
+
+
+def test_one_server_runs_at_a_time_with_all_its_children_and_in_the_end_all_run() -> None:
+    parent = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    with ExitStack() as ends:
+        trees = dict[str, list[int]]()
+        for name in ("a", "b", "c"):
+            process = ends.enter_context(subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE))
+            assert process.stdout is not None
+            trees[name] = [process.pid, int(process.stdout.readline())]
+            for pid in trees[name]:
+                ends.callback(psutil.Process(pid).kill)
+
+        def halted(wanted: str) -> bool:
+            """Whether these have come to be halted, with their children, and no others: a signal takes its time."""
+            stopped = {
+                pid: psutil.Process(pid).status() == psutil.STATUS_STOPPED for pids in trees.values() for pid in pids
+            }
+            return all(stopped[pid] == (name in wanted) for name, pids in trees.items() for pid in pids)
+
+        def wait_halted(wanted: str) -> None:
+            ends_s = time.monotonic() + 10
+            while not halted(wanted):
+                assert time.monotonic() < ends_s
+                time.sleep(0.01)
+
+        roots = {"a": trees["a"][:1], "b": trees["b"][:1], "c": trees["c"][:1], "c too": trees["c"][:1]}
+        with suppress(KeyboardInterrupt), Halted(roots, settle_s=0.0) as servers:
+            assert halted("")
+            for name, others in [("a", "bc"), ("c", "ab"), ("c too", "ab"), ("the bare model", "abc"), ("b", "ac")]:
+                servers.all_but(name)
+                wait_halted(others)
+            raise KeyboardInterrupt
+        wait_halted("")
+
+
+def test_a_server_that_has_ended_is_no_hindrance_to_halting_the_others() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with Halted({"a": [ended.pid], "b": []}, settle_s=0.0) as servers:
+        servers.all_but("b")
+        servers.all_but("a")
 
 
 def test_ratios_are_of_one_round_to_the_best_peer_of_it() -> None:
