@@ -90,7 +90,7 @@ class Halted:
         settle_s: for a server that has been woken, to make up for what it has missed.
     """
 
-    def __init__(self, roots: Mapping[str, Iterable[int]], settle_s: float = 2.0) -> None:
+    def __init__(self, roots: Mapping[str, Iterable[int]], settle_s: float = 5.0) -> None:
         self._roots = {name: frozenset(pids) for name, pids in roots.items()}
         self._settle_s = settle_s
         self._halted = frozenset[int]()
