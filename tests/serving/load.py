@@ -51,5 +51,5 @@ class Load:
 
     def expect_no_failure(self) -> None:
         """Every request was answered with 200."""
-        assert self.errors == []
+        assert not self.errors, self.errors[:3]
         assert Counter(self.statuses).keys() == {200}
