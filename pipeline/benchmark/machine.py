@@ -132,25 +132,23 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _each(pid: int, do: Callable[[psutil.Process], None]) -> None:
-    """Do something to a process and its children, it first; those that have ended are left out."""
+def _tree(roots: list[int]) -> set[psutil.Process]:
+    return {process for pid in {os.getpid(), *roots} for process in _family(pid)}
+
+
+def _family(pid: int) -> Iterator[psutil.Process]:
+    """A process and its children, looked for only when it has been dealt with; nothing of one that is gone."""
     with suppress(psutil.Error):
         root = psutil.Process(pid)
-        do(root)
-        for process in root.children(recursive=True):
-            with suppress(psutil.Error):
-                do(process)
+        yield root
+        yield from root.children(recursive=True)
 
 
-def _tree(roots: list[int]) -> set[psutil.Process]:
-    found = set()
-    for pid in {os.getpid(), *roots}:
-        try:
-            process = psutil.Process(pid)
-            found |= {process, *process.children(recursive=True)}
-        except psutil.Error:  # gone meanwhile
-            continue
-    return found
+def _each(pid: int, do: Callable[[psutil.Process], None]) -> None:
+    """Do something to a process and its children, it first; those that have ended are left out."""
+    for process in _family(pid):
+        with suppress(psutil.Error):
+            do(process)
 
 
 def _memory(process: psutil.Process) -> int:
