@@ -1,14 +1,17 @@
 """A typed client of the endpoint: encoded images in, ranked classes or boxes out. Needs neither torch nor Ray.
 
 `Client` waits for an answer, `AsyncClient` is the same for asyncio. Threads, or tasks, may share one. An endpoint that
-asks for a key gets the argument `key`, else the environment's VENTRAL_KEY. Nothing is asked twice.
+asks for a key gets the argument `key`, else the environment's VENTRAL_KEY.
+
+Predictions change nothing, so a question that got lost is asked once more: where a process of the endpoint dies, its
+connections end, or the proxy says 5xx in its place. What the endpoint itself answered, and silence, stand.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -25,6 +28,7 @@ KEY = "VENTRAL_KEY"
 TOP_K = 5
 SCORE_THRESHOLD = 0.25
 MAX_DETECTIONS = 100
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,7 @@ class Client:
 
     def task(self, model: str) -> str:
         """Whether a model is for `classification` or for `detection`."""
-        with _failures(self.url):
-            response = self._http.get(f"{self.url}/v2/models/{model}")
-        return _read(self.url, response, _task)
+        return _read(self.url, self._send("GET", f"/v2/models/{model}"), _task)
 
     def close(self) -> None:
         """Close its connections."""
@@ -112,9 +114,16 @@ class Client:
         self.close()
 
     def _ask(self, question: _Question, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:
-        with _failures(self.url):
-            response = self._http.post(self.url + question.path, params=question.params, **question.body)
+        response = self._send("POST", question.path, params=question.params, **question.body)
         return _answers(self.url, response, read)
+
+    def _send(self, method: str, path: str, **what: Any) -> httpx.Response:
+        with _failures(self.url):
+            with suppress(*BROKEN):
+                response = self._http.request(method, self.url + path, **what)
+                if not _is_lost(response):
+                    return response
+            return self._http.request(method, self.url + path, **what)
 
 
 class AsyncClient:
@@ -160,9 +169,7 @@ class AsyncClient:
 
     async def task(self, model: str) -> str:
         """Whether a model is for `classification` or for `detection`."""
-        with _failures(self.url):
-            response = await self._http.get(f"{self.url}/v2/models/{model}")
-        return _read(self.url, response, _task)
+        return _read(self.url, await self._send("GET", f"/v2/models/{model}"), _task)
 
     async def close(self) -> None:
         """Close its connections."""
@@ -177,9 +184,16 @@ class AsyncClient:
         await self.close()
 
     async def _ask(self, question: _Question, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:
-        with _failures(self.url):
-            response = await self._http.post(self.url + question.path, params=question.params, **question.body)
+        response = await self._send("POST", question.path, params=question.params, **question.body)
         return _answers(self.url, response, read)
+
+    async def _send(self, method: str, path: str, **what: Any) -> httpx.Response:
+        with _failures(self.url):
+            with suppress(*BROKEN):
+                response = await self._http.request(method, self.url + path, **what)
+                if not _is_lost(response):
+                    return response
+            return await self._http.request(method, self.url + path, **what)
 
 
 class _Question(NamedTuple):
@@ -221,6 +235,11 @@ def _failures(url: str) -> Iterator[None]:
         raise ClusterError(f"{url}: the endpoint does not answer ({type(error).__name__})") from None
     except httpx.InvalidURL as error:
         raise DataError(f"{url}: is no address of an endpoint ({error})") from None
+
+
+def _is_lost(response: httpx.Response) -> bool:
+    """Whether it is the proxy that says that the endpoint failed: the endpoint's own words are JSON with a code."""
+    return response.is_server_error and "code" not in _json(response)
 
 
 def _answers(url: str, response: httpx.Response, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +21,7 @@ from PIL import Image
 from jobs import _stack
 from jobs._deploy import deploy, replicas
 from jobs._process import Service, _members, stop
+from pipeline.inference.client import Client
 from pipeline.tracking import registry, runs
 from tests.serving.load import Load
 from tests.serving.test_aliases import make, wait_for
@@ -34,11 +37,19 @@ def process(head: Service, name: str) -> psutil.Process:
     """The replica whose process Ray calls so: `ServeReplica:<application>:<deployment>`."""
     deadline = time.monotonic() + SOON_S
     while time.monotonic() < deadline:
-        for one in _members(head):
-            if one.is_running() and one.cmdline()[:1] and one.cmdline()[0].startswith(f"ray::ServeReplica:{name}"):
-                return one
+        if found := processes(head, name):
+            return found[0]
         time.sleep(0.2)
     raise AssertionError(f"no replica of {name}")
+
+
+def processes(head: Service, name: str) -> list[psutil.Process]:
+    found = []
+    for one in _members(head):
+        with suppress(psutil.Error):  # it ends meanwhile
+            if " ".join(one.cmdline()).startswith(f"ray::ServeReplica:{name}"):
+                found.append(one)
+    return found
 
 
 def until(what: Callable[[], bool], timeout_s: float = SOON_S) -> None:
@@ -76,6 +87,41 @@ def test_an_ingress_that_is_killed_comes_back_and_nobody_hangs(
         until(lambda: load.statuses[-20:] == [200] * 20)
     assert set(load.statuses) <= {200, 500, 502, 503, 504}
     assert max(load.seconds) < LATEST_S
+
+
+def test_one_of_two_ingresses_that_is_killed_costs_our_client_no_request(
+    ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
+) -> None:
+    config = app_config(num_cpus=0.25)
+    config["applications"][0]["args"]["ingress_replicas"] = 2
+    url, data = deploy(ray_head, config), picture()
+
+    done = threading.Event()
+
+    def ask() -> int:
+        num_asked = 0
+        with Client(url, timeout_s=LATEST_S) as client:
+            while not done.is_set():
+                assert client.predict("tiny", data).model == "tiny"
+                num_asked += 1
+        return num_asked
+
+    def ingresses() -> list[psutil.Process]:
+        return processes(ray_head, "ventral:ingress")
+
+    until(lambda: len(ingresses()) == 2)
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask) for _ in range(8)]
+        try:
+            for _ in range(3):
+                time.sleep(2)  # of questions on their way
+                ingresses()[0].kill()
+                until(lambda: len(ingresses()) == 1)
+                until(lambda: len(ingresses()) == 2)
+            time.sleep(2)
+        finally:
+            done.set()
+        assert all(one.result() > 20 for one in asking)
 
 
 def test_a_reconciler_that_is_killed_costs_nothing(url: str, ray_head: Service, picture: Callable[..., bytes]) -> None:

@@ -28,6 +28,8 @@ class Endpoint(ThreadingHTTPServer):
     asked: tuple[str, bytes] = ("", b"")
     key: str | None = None
     retry_after: str | None = None
+    losses: list[bytes | None]
+    num_asked = 0
 
     @property
     def url(self) -> str:
@@ -39,6 +41,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked = (self.path, self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.num_asked += 1
+        if self.server.losses:
+            self.lose(self.server.losses.pop())
+            return
         self.server.key = self.headers["Authorization"]
         self.send_response(self.server.status)
         if self.server.retry_after:
@@ -54,6 +60,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.server.body)
 
+    def lose(self, body: bytes | None) -> None:
+        """As when the process that has the question dies: the connection ends, or the proxy says so."""
+        self.close_connection = True
+        if body is not None:
+            self.send_response(500)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""
 
@@ -61,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
     with Endpoint(("127.0.0.1", 0), Handler) as server:
+        server.losses = []
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
@@ -200,6 +216,35 @@ def test_nobody_there_is_a_cluster_error_with_the_address() -> None:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ClusterError, match=f"{url}: the endpoint does not answer"):
             Client(url).predict("pets", b"image")
+
+
+PROXYS = b"Internal Server Error"
+
+
+@pytest.mark.parametrize("loss", [None, PROXYS])
+def test_a_question_that_got_lost_is_asked_once_more(endpoint: Endpoint, loss: bytes | None) -> None:
+    async def ask() -> Ranked:
+        async with AsyncClient(endpoint.url) as client:
+            return await client.predict("pets", b"image")
+
+    endpoint.losses = [loss]
+    with Client(endpoint.url) as client:
+        assert client.predict("pets", b"image") == CAT
+    endpoint.losses = [loss]
+    assert asyncio.run(ask()) == CAT
+    assert endpoint.num_asked == 4
+    endpoint.losses = [loss] * 3
+    with Client(endpoint.url) as client, pytest.raises(ClusterError, match=r"does not answer|500: Internal"):
+        client.predict("pets", b"image")
+    assert endpoint.losses == [loss]  # twice, and no more
+
+
+def test_what_the_endpoint_itself_answers_is_not_asked_again(endpoint: Endpoint) -> None:
+    for status in (429, 500, 503, 504):
+        endpoint.status, endpoint.body, endpoint.num_asked = status, b'{"error": "no.", "code": "x"}', 0
+        with Client(endpoint.url) as client, pytest.raises((ClusterError, DataError), match="no"):
+            client.predict("pets", b"image")
+        assert endpoint.num_asked == 1
 
 
 def test_silence_ends_after_the_timeout() -> None:
