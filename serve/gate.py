@@ -196,12 +196,11 @@ class Gate:
     async def waiting_for(self) -> list[str]:
         """Names of the models that are not loaded."""
         names = list(self.standings)
-        ready = await asyncio.gather(*map(self.is_ready, names))
+        ready = await asyncio.gather(*(self.is_ready(standing.live) for standing in self.standings.values()))
         return [name for name, loaded in zip(names, ready, strict=True) if not loaded]
 
-    async def is_ready(self, name: str) -> bool:
-        """Whether a replica of the model is loaded, or would be when it is asked."""
-        served = self.standings[name].live
+    async def is_ready(self, served: Served | None) -> bool:
+        """Whether a replica of a version is loaded, or would be when it is asked; of none there is not."""
         if served is None or served.sleeps:
             return served is not None
         try:
@@ -230,20 +229,23 @@ class Gate:
             return
         task = asyncio.get_running_loop().create_task(self._compare(live, rival, images, wanted, answers))
         self._shadows.add(task)  # the loop itself keeps tasks by weak references only
-        task.add_done_callback(self._shadows.discard)
+        self._shadowed += len(images)  # now: many answers come at once, before one task has begun
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._shadows.discard(task)
+            self._shadowed -= len(images)
+
+        task.add_done_callback(end)
 
     async def _compare(
         self, live: Served, rival: Served, images: tuple[bytes, ...], wanted: Wanted, answers: list[Told | Refused]
     ) -> None:
-        self._shadowed += len(images)
         try:
             async with asyncio.timeout(self.limits.answer_s):
                 others = await self._ask.predict(rival, images, replace(wanted, picture=False))
         except Exception as error:
             problems.of_exception(error)  # nobody waits for it; what nobody foresaw is logged
             return
-        finally:
-            self._shadowed -= len(images)
         both = self.agreement(live, rival)  # of those that were asked, whichever is live by now
         for one, other in zip(answers, others, strict=True):
             both.note(one, other)

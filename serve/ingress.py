@@ -79,7 +79,8 @@ class Ingress:
     async def readyz(self) -> JSONResponse:
         """Answer 200 once every model is loaded, 503 with the names of the others until then."""
         waiting = await self.gate.waiting_for()
-        return JSONResponse({"ready": not waiting, "waiting_for": waiting}, 503 if waiting else 200)
+        answer = {"ready": not waiting, "waiting_for": waiting}
+        return JSONResponse(answer, 503, problems.RETRY_AFTER) if waiting else JSONResponse(answer)
 
     async def models(self) -> ModelList:
         """List what is served, and why what should be is not."""

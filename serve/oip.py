@@ -159,7 +159,7 @@ class Oip:
         """Answer 200 once every model is loaded."""
         waiting = await self.gate.waiting_for()
         if waiting:
-            raise Problem(503, "unavailable", f"Not loaded yet: {', '.join(waiting)}.")
+            raise problems.waiting_for(waiting)
         return JSONResponse({"ready": True, "live": True})
 
     async def models(self) -> dict[str, list[str]]:
@@ -183,27 +183,27 @@ class Oip:
         }
 
     async def model_ready(self, request: Request) -> dict[str, Any]:
-        """Answer 200 once the model is loaded."""
+        """Answer 200 once the model, or the version that is named, is loaded."""
         found = self._find(request)
-        if not await self.gate.is_ready(found.name):
-            raise Problem(503, "unavailable", f"Not loaded yet: {found.name}.")
+        if not await self.gate.is_ready(found):
+            raise problems.waiting_for([f"{found.name} version {found.version}"])
         return {"name": found.name, "ready": True}
 
     async def index(self, request: Request) -> list[dict[str, str]]:
         """The models, and whether they are loaded; with `{"ready": true}` those that are."""
         body = await bodies.read(request, self.gate.limits)
         only_ready = bool(body.strip()) and bodies.json_object(body).get("ready") is True
-        waiting = await self.gate.waiting_for()
+        listed = [(one, served) for one in self.gate.standings.values() for served in one.versions or [None]]
+        ready = await asyncio.gather(*(self.gate.is_ready(served) for _, served in listed))
         return [
             {
-                "name": name,
-                "version": version,
-                "state": "UNAVAILABLE" if name in waiting else "READY",
-                "reason": "loading" if name in waiting else "",
+                "name": standing.name,
+                "version": served.version if served else "",
+                "state": "READY" if is_ready else "UNAVAILABLE",
+                "reason": "" if is_ready else "loading",
             }
-            for name, standing in self.gate.standings.items()
-            for version in [served.version for served in standing.versions] or [""]
-            if not (only_ready and name in waiting)
+            for (standing, served), is_ready in zip(listed, ready, strict=True)
+            if is_ready or not only_ready
         ]
 
     async def load(self) -> None:
@@ -224,8 +224,8 @@ class Oip:
             asked = await asyncio.to_thread(parse, body, request.headers.get(HEADER), gate.limits)
             del body  # the images stay, as they are sent on
             parameters = asked.said.parameters
-            if (version := parameters.get("model_version")) is not None:
-                found = gate.find(found.name, _version(version), key)
+            if (version := _version(parameters.get("model_version"))) is not None:
+                found = self._agreed(request, gate.find(found.name, version))
             _check_outputs(asked.said.outputs, found)
             pixels = asked.image.datatype != "BYTES"
             wanted = wanted_of(found, _asked(parameters), where="parameters", pixels=pixels)
@@ -239,6 +239,13 @@ class Oip:
 
     def _find(self, request: Request, key: str = "") -> Served:
         return self.gate.find(request.path_params["model"], request.path_params.get("version"), key)
+
+    def _agreed(self, request: Request, said: Served) -> Served:
+        """The version of a request's parameters, which its path must not contradict."""
+        version = request.path_params.get("version", said.version)
+        if version != said.version:
+            raise Problem(400, "version", f"The path says version {version}, model_version {said.version}; say one.")
+        return said
 
     def _statistics(self, found: Served) -> dict[str, Any]:
         tally = self.gate.tally(found)
@@ -351,7 +358,9 @@ def _asked(parameters: Mapping[str, Any]) -> Asked:
 
 
 def _version(version: Any) -> str | None:
-    """The version that is meant; what is none of these is never served, and may be too long to be written out."""
+    """The version that is meant, if any; what is none is never served, and may be too long to be written out."""
+    if version is None:
+        return None
     return str(version) or None if isinstance(version, str | int) else type(version).__name__
 
 

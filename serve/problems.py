@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -85,6 +86,11 @@ def overloaded() -> Problem:
 def loading(name: str) -> Problem:
     """The refusal of a request for a model of which no version is loaded yet."""
     return Problem(503, "loading", f"{name} is not loaded yet; GET /models says why.", {"Retry-After": "5"})
+
+
+def waiting_for(names: Sequence[str]) -> Problem:
+    """The refusal of a question whether all of these are ready."""
+    return Problem(503, "unavailable", f"Not loaded yet: {', '.join(names)}.", RETRY_AFTER)
 
 
 def request_id(request: Request) -> str:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline import imaging
 from serve.oip import HEADER
-from serve.schemas import Told, Wanted
-from tests.asgi import Client, ranked
+from serve.roster import Standing
+from serve.schemas import Served, Told, Wanted
+from tests.asgi import SERVED, Client, ranked
 
 INFER = "/v2/models/digits/infer"
 IMAGE = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(b"x").decode()]}
@@ -34,6 +35,11 @@ def post(client: Client, said: Any, rest: bytes = b"", headers: dict[str, str] |
 def get(client: Client, path: str) -> Any:
     status, body, _ = asyncio.run(client.send("GET", path, Client._body([b""], 0.0), {}))
     return status, body
+
+
+def two_versions() -> Client:
+    rival = dataclasses.replace(SERVED[0], version="4", alias="challenger")
+    return Client(ranked(10), standings=(Standing("digits", SERVED[0], rival),))
 
 
 def test_json_with_base64_is_answered_in_json() -> None:
@@ -166,6 +172,14 @@ def test_version_among_the_parameters_is_one_or_none(version: Any) -> None:
     assert len(body["error"]) < 300
 
 
+def test_version_of_the_parameters_must_not_contradict_the_paths() -> None:
+    client, asked = two_versions(), [{"inputs": [IMAGE], "parameters": {"model_version": said}} for said in ("3", "4")]
+    path = "/v2/models/digits/versions/3/infer"
+    found = [asyncio.run(client.post(path, [json.dumps(body).encode()])) for body in asked]
+    assert [(status, body.get("code")) for status, body, _ in found] == [(200, None), (400, "version")]
+    assert client.models.versions == ["3"]
+
+
 @pytest.mark.parametrize("said", [{"parameters": {"timeout": 10**400}}, {"parameters": {"model_version": "3"}}])
 def test_parameters_of_any_size_are_taken(said: dict[str, Any]) -> None:
     assert post(Client(ranked(10)), {"inputs": [IMAGE]} | said)[0] == 200
@@ -220,6 +234,31 @@ def test_names_versions_and_states_are_told() -> None:
     assert get(client, "/v2/models/boxes/versions/2")[0] == 404
     assert get(client, "/v2/models/rose")[0] == 404
     assert len(get(client, "/v2/models/stats")[1]["model_stats"]) == 3
+
+
+def test_a_version_is_ready_or_not_whatever_the_live_one_is() -> None:
+    client = two_versions()
+
+    async def ready(served: Served) -> bool:
+        if served.version == "4":
+            raise TimeoutError
+        return True
+
+    client.models.ready = ready  # type: ignore[method-assign]
+    found = [get(client, f"/v2/models/digits{version}/ready") for version in ("", "/versions/3", "/versions/4")]
+    assert [status for status, _ in found] == [200, 200, 503]
+    assert "digits version 4" in found[2][1]["error"]
+    _, body, _ = asyncio.run(client.post("/v2/repository/index", [b""]))
+    assert [(one["version"], one["state"]) for one in body] == [("3", "READY"), ("4", "UNAVAILABLE")]
+    _, body, _ = asyncio.run(client.post("/v2/repository/index", [b'{"ready": true}']))
+    assert [one["version"] for one in body] == ["3"]
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/v2/health/ready", "/v2/models/flowers/ready"])
+def test_what_is_not_ready_says_when_to_ask_again(path: str) -> None:
+    client = Client(TimeoutError())
+    status, _, headers = asyncio.run(client.send("GET", path, client._body([b""], 0), {}))
+    assert (status, headers["retry-after"]) == (503, "1")
 
 
 def test_model_that_is_not_loaded_is_not_ready() -> None:

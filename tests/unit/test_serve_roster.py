@@ -178,6 +178,42 @@ def test_a_shadow_that_fails_or_is_slow_is_not_the_clients_affair() -> None:
     assert slow.versions.count("4") == 2  # no more than are allowed at once
 
 
+def test_answers_that_come_at_once_shadow_no_more_than_is_allowed() -> None:
+    asked = client(replace(STANDING, share=0.0, shadow=1.0), max_shadowed=3)
+    most, in_hand = 0, 0
+
+    class Slow:
+        """Answers as the live version when all have asked, and as the challenger a moment later."""
+
+        async def predict(self, served: Any, images: Any, wanted: Any) -> list[Told]:
+            nonlocal most, in_hand
+            if served.version == "4":
+                in_hand += 1
+                most = max(most, in_hand)
+                await asyncio.sleep(0.01)
+                in_hand -= 1
+            else:
+                await all_asked.wait()
+            return [ranked(1)]
+
+    asked.gate._ask = Slow()  # type: ignore[assignment]
+    all_asked = asyncio.Event()
+
+    async def scenario() -> None:
+        asking = [asyncio.ensure_future(asked.post("/predict/digits", [b"x"])) for _ in range(16)]
+        while asked.gate._inflight < 16:
+            await asyncio.sleep(0)
+        all_asked.set()
+        assert {status for status, *_ in await asyncio.gather(*asking)} == {200}
+        await asyncio.gather(*asked.gate._shadows)
+        assert (await asked.post("/predict/digits", [b"x"]))[0] == 200  # and there is room again
+        await asyncio.gather(*asked.gate._shadows)
+
+    asyncio.run(scenario())
+    assert most == 3
+    assert asked.gate.agreement(LIVE, RIVAL).compared == 4
+
+
 def test_a_roster_that_changes_is_turned_to_between_requests() -> None:
     asked = client(replace(STANDING, share=0.0))
     assert ask(asked)[1]["model"]["version"] == "3"
