@@ -3,17 +3,19 @@
 A location is text: an absolute local path, or a URL. Local files are read by Python, which takes every name a file can
 have; buckets through pyarrow's filesystems, with credentials and endpoint from the environment as their makers define
 it (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, ...). Nothing here knows about images.
-Writing is for checkpoints; shards are written by pyarrow itself.
+Writing is for checkpoints and notes that must not be lost; shards are written by pyarrow itself.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, cast
@@ -167,6 +169,23 @@ def write(uri: str, data: bytes | memoryview) -> None:
         _sync_folder(local.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody else on this machine, thread or process, changes files of a local folder this way.
+
+    Whoever reads a file and writes it anew would lose what another writes in between.
+
+    Raises:
+        OSError: there is no such folder, or it cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove(location: str) -> None:

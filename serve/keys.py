@@ -79,7 +79,8 @@ def settle(args: AppArgs) -> Access:
     text = os.environ.get(VARIABLE)
     if text is not None and args.keys is not None:
         raise ConfigError(f"keys come from {VARIABLE} and from 'keys' in the application's args; leave one out")
-    keys = kept.parse(text, VARIABLE) if text is not None else args.keys and args.keys.resolve()
+    # Links are followed at each look: a secret that is mounted is one, and led elsewhere when it is rotated.
+    keys = kept.parse(text, VARIABLE) if text is not None else args.keys and args.keys.absolute()
     access = Access(keys, args.allow_anyone)
     access.ring()
     return access
@@ -122,7 +123,7 @@ class Ring:
     """The keys that are good now.
 
     Args:
-        source: a key file, looked at again once a second, or keys that stay.
+        source: a key file or a link to one, looked at again once a second, or keys that stay.
         clock: seconds that never go back.
 
     Raises:

@@ -6,7 +6,6 @@ is away serves what was served last; what nobody needs any more is removed. Noth
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -80,18 +79,26 @@ class Versions:
         return said and self._fetched(model, alias, TypeAdapter(Version).validate_python(said))
 
     def remember(self, served: Served) -> None:
-        """Write down that a version is served by its alias.
+        """Write down that a version is served by its alias, beside what other applications write there.
 
         Raises:
             BundleError: it cannot be written; what was written before is as it was.
         """
         with self._lock:
             known = [key for key in self._checked if (key.name, key.version) == (served.name, served.version)]
-            if not known:
-                return  # a folder's
-            memory = self._memory()
-            memory.setdefault(served.name, {})[served.alias] = asdict(known[-1])
-            self._write(json.dumps(memory, indent=2))
+        if not known:
+            return  # a folder's
+        path = self._cache / MEMORY
+        try:
+            with storage.alone_in(self._cache):  # the cache may be shared with another application's process
+                memory = self._memory()
+                memory.setdefault(served.name, {})[served.alias] = asdict(known[-1])
+                storage.write(str(path), json.dumps(memory, indent=2).encode())
+        except OSError as error:
+            raise BundleError(
+                f"what is served cannot be written to {path}: {storage.reason(error)}; make room there, for a start "
+                "without the registry would not find it"
+            ) from None
 
     def tidy(self, model: ModelArgs, needed: Collection[str]) -> None:
         """Remove fetched bundles of a model that nobody has asked for since `UNUSED_S`; raises nothing.
@@ -155,20 +162,6 @@ class Versions:
     def _read(self) -> Any:
         path = self._cache / MEMORY
         return json.loads(path.read_text()) if path.exists() else {}
-
-    def _write(self, text: str) -> None:
-        path = self._cache / MEMORY
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        try:
-            partial.write_text(text)
-            partial.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise BundleError(
-                f"what is served cannot be written to {path}: {storage.reason(error)}; make room there, for a start "
-                "without the registry would not find it"
-            ) from None
 
     def _fetched(self, model: ModelArgs, alias: str, version: Any) -> Served:
         from pipeline.tracking import fetched  # noqa: PLC0415

@@ -7,22 +7,21 @@ endpoint busy. A key file is JSON, `{"keys": [...]}`, each key as in `Key`. Not 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline import config
+from pipeline import config, storage
 from pipeline.config import Strict
 from pipeline.errors import ConfigError
 
@@ -141,35 +140,58 @@ def load(path: Path) -> Keys:
 
 
 def change(path: Path, by: Callable[[tuple[Key, ...]], tuple[Key, ...]]) -> Keys:
-    """Write a key file anew, in one step and readable by its owner only; one that is missing is empty.
+    """Write a key file anew, in one step; one that is missing is empty, and then readable by its owner only.
+
+    A link stays one: the file that it leads to is written. Who owns a file and who may read it stays as it was.
 
     Raises:
-        ConfigError: it cannot be read or written, or is none.
+        ConfigError: it cannot be read or written, or is none, or would have another owner; it is as it was.
     """
+    file = Path(os.path.realpath(path))  # Path.resolve ends in a RuntimeError where links go in a circle
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(path.parent):
-            now = Keys(keys=by(load(path).keys if path.exists() else ()))
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # of mode 0600
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(now.model_dump(mode="json", exclude_none=True), indent=2) + "\n")
-                file.flush()
-                os.fsync(handle)
-            Path(partial).replace(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with storage.alone_in(file.parent):  # what was just revoked must not come back with a key that is added
+            before = _stat_if_any(file)
+            now = Keys(keys=by(load(file).keys if before else ()))
+            _replace(file, json.dumps(now.model_dump(mode="json", exclude_none=True), indent=2) + "\n", before)
     except OSError as error:
         raise ConfigError(f"{path}: the keys cannot be written ({error.strerror})") from None
     return now
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for others that change keys here: one that adds a key must not bring back what was just revoked."""
-    handle = os.open(folder, os.O_RDONLY)
+def _replace(file: Path, text: str, before: os.stat_result | None) -> None:
+    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # of mode 0600
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        with os.fdopen(handle, "w", encoding="utf-8") as written:
+            if before is not None:
+                _keep_owner(handle, file, before)
+                shutil.copystat(file, partial)  # after the owner, or a group that may not read it could open it
+            written.write(text)
+            written.flush()
+            os.fsync(handle)
+        Path(partial).replace(file)
     finally:
-        os.close(handle)
+        Path(partial).unlink(missing_ok=True)
+
+
+def _keep_owner(handle: int, file: Path, before: os.stat_result) -> None:
+    made = os.fstat(handle)
+    if (made.st_uid, made.st_gid) == (before.st_uid, before.st_gid):
+        return
+    try:
+        os.fchown(handle, before.st_uid, before.st_gid)
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: belongs to user {before.st_uid} and group {before.st_gid}, which it would lose "
+            f"({error.strerror}); change its keys as that user, in that group, or as root"
+        ) from None
+
+
+def _stat_if_any(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _hash(salt: str, secret: bytes) -> str:

@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import resource
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -241,3 +243,54 @@ def test_what_is_served_stays_written_where_the_next_cannot_be(three: str, tmp_p
     assert following.step() == "2"
     assert following.troubles == {}
     assert json.loads(memory.read_text())["kept"]["champion"]["version"] == "2"
+
+
+class Interrupted(versions.Versions):
+    """One that is held up just after it has read what is written, so that another can come in between."""
+
+    def __init__(self, wanted: AppArgs, meanwhile: Callable[[], None]) -> None:
+        super().__init__(wanted)
+        self._meanwhile = meanwhile
+
+    def _read(self) -> Any:
+        found = super()._read()
+        self._meanwhile()
+        return found
+
+
+def test_applications_that_share_a_cache_lose_nothing_that_the_other_serves(three: str, tmp_path: Path) -> None:
+    wanted = args({"name": "kept"}, registry=three, cache=str(tmp_path))
+    registry.promote(three, "kept", "1")
+    other = versions.Versions(wanted)
+    served = other.settle(wanted.models[0], "champion")
+    writes = threading.Thread(target=other.remember, args=(replace(served, alias="other"),))
+
+    def let_the_other_write() -> None:
+        writes.start()
+        writes.join(timeout=0.5)  # as long as it takes where nothing holds it back
+
+    one = Interrupted(wanted, let_the_other_write)
+    one.settle(wanted.models[0], "champion")
+    one.remember(served)
+    writes.join(timeout=60)
+    told = json.loads((tmp_path / versions.MEMORY).read_text())["kept"]
+    assert {alias: said["version"] for alias, said in told.items()} == {"champion": "1", "other": "1"}
+
+
+def test_what_many_remember_at_once_is_all_written(three: str, tmp_path: Path) -> None:
+    wanted = args({"name": "kept"}, registry=three, cache=str(tmp_path))
+    registry.promote(three, "kept", "1")
+    served = versions.Versions(wanted).settle(wanted.models[0], "champion")
+
+    def remember(number: int) -> None:
+        one = versions.Versions(wanted)
+        one.settle(wanted.models[0], "champion")
+        together.wait(timeout=60)
+        for again in range(5):
+            one.remember(replace(served, alias=f"a{number}-{again}"))
+
+    together = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(remember, range(4)))
+    told = json.loads((tmp_path / versions.MEMORY).read_text())["kept"]
+    assert set(told) == {f"a{number}-{again}" for number in range(4) for again in range(5)}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from pipeline.inference import keys
 from pipeline.inference.keys import Keys
 
 KEY, TOKEN = keys.mint("ci")
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 ROW: dict[str, Any] = json.loads(KEY.model_dump_json(exclude_none=True))
 
 
@@ -86,6 +91,82 @@ def test_a_change_that_fails_leaves_the_file_and_its_owner_alone_reads_it(tmp_pa
         keys.change(file, lambda before: (*before, KEY))
     assert keys.load(file) == Keys(keys=(KEY,))
     assert [path.name for path in file.parent.iterdir()] == ["keys.json"]
+
+
+def test_a_change_through_links_changes_the_file_that_they_lead_to(tmp_path: Path) -> None:
+    real, folder, link = tmp_path / "real" / "keys.json", tmp_path / "..data", tmp_path / "keys.json"
+    folder.symlink_to("real")
+    link.symlink_to("..data/keys.json")
+    assert keys.change(link, lambda _: (KEY,)) == keys.load(real)  # the link led nowhere yet
+    keys.change(link, lambda _: ())
+    assert keys.load(real) == Keys(keys=())
+    assert (link.is_symlink(), folder.is_symlink(), real.is_symlink()) == (True, True, False)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["..data", "keys.json", "keys.json", "real"]
+
+
+def test_links_in_a_circle_are_refused_and_stay(tmp_path: Path) -> None:
+    link = tmp_path / "keys.json"
+    link.symlink_to("keys.json")
+    with pytest.raises(ConfigError, match=r"cannot be written \(Too many levels of symbolic links\)"):
+        keys.change(link, lambda _: (KEY,))
+    assert [path.is_symlink() for path in tmp_path.iterdir()] == [True]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o400])
+def test_a_change_keeps_who_may_read_the_file(mode: int, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    keys.change(file, lambda _: (KEY,))
+    file.chmod(mode)
+    keys.change(file, lambda _: ())
+    assert (file.stat().st_mode & 0o7777, keys.load(file)) == (mode, Keys(keys=()))
+
+
+@as_root
+def test_a_change_by_root_leaves_the_file_to_its_owner(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    keys.change(file, lambda _: (KEY,))
+    os.chown(file, 12345, 23456)
+    file.chmod(0o640)
+    keys.change(file, lambda _: ())
+    found = file.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (12345, 23456, 0o640)
+    assert keys.load(file) == Keys(keys=())
+
+
+@as_root
+def test_a_change_by_who_cannot_keep_the_owner_is_refused_and_changes_nothing() -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's are for their owner only
+        folder, file = Path(temporary), Path(temporary) / "keys.json"
+        keys.change(file, lambda _: (KEY,))
+        os.chown(file, 12345, 23456)
+        file.chmod(0o644)
+        folder.chmod(0o777)
+        before = file.stat()
+        os.seteuid(NOBODY)
+        try:
+            with pytest.raises(ConfigError) as caught:
+                keys.change(file, lambda _: ())
+        finally:
+            os.seteuid(0)
+        assert str(caught.value) == (
+            f"{file}: belongs to user 12345 and group 23456, which it would lose (Operation not permitted); change its "
+            "keys as that user, in that group, or as root"
+        )
+        assert (file.stat(), list(folder.iterdir())) == (before, [file])
+
+
+def test_a_change_that_the_disk_does_not_take_leaves_the_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    keys.change(file, lambda _: (KEY,))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # fails as a full disk does, with another number
+    try:
+        with pytest.raises(ConfigError, match=r"the keys cannot be written \(File too large\)"):
+            keys.change(file, lambda _: ())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert keys.load(file) == Keys(keys=(KEY,))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_changes_at_once_all_count(tmp_path: Path) -> None:

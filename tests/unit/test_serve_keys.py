@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,30 @@ def test_a_revoked_key_stops_and_a_new_one_begins_without_a_restart(tmp_path: Pa
     kept.change(file, lambda before: (*before[1:], ADMIN))
     clock.now_s += keys.LOOK_AGAIN_S
     assert [asker.status(token) for token in (INFER_TOKEN, slow_token, ADMIN_TOKEN)] == [401, 429, 200]  # still slow
+
+
+def test_keys_of_a_secret_that_is_rotated_by_its_link_are_taken_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rotate(version: str, *found: Key) -> None:
+        """As Kubernetes does: keys.json -> ..data/keys.json, ..data -> a folder, which is led elsewhere in one step."""
+        kept.change(tmp_path / version / "keys.json", lambda _: found)
+        (tmp_path / "..data_tmp").symlink_to(version)
+        (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+
+    rotate("..1", INFER)
+    (tmp_path / "keys.json").symlink_to("..data/keys.json")
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    source, clock = keys.settle(args(keys="keys.json")).keys, Clock()
+    monkeypatch.chdir("/")
+    assert isinstance(source, Path)
+    asker = Asker(source=source, clock=clock)
+    assert [asker.status(token) for token in (INFER_TOKEN, ADMIN_TOKEN)] == [200, 401]
+    rotate("..2", ADMIN)
+    shutil.rmtree(tmp_path / "..1")
+    clock.now_s += keys.LOOK_AGAIN_S
+    assert [asker.status(token) for token in (INFER_TOKEN, ADMIN_TOKEN)] == [401, 200]
 
 
 @pytest.mark.parametrize("damage", ["{", '{"keys": [{"id": "x"}]}', None])
