@@ -153,6 +153,15 @@ class Gate:
         finally:
             self._inflight -= count
 
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Count an answer that is on its way like an image; it is not refused for want of room, others are."""
+        self._inflight += 1
+        try:
+            yield
+        finally:
+            self._inflight -= 1
+
     async def ask(
         self, served: Served, images: tuple[bytes, ...], wanted: Wanted, within_s: float | None = None, key: str = ""
     ) -> list[Told | Refused]:

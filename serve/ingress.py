@@ -16,6 +16,7 @@ from serve import bodies, docs, invocations, oip, openapi, pages, problems
 from serve.agreement import Agreement
 from serve.gate import Gate, told_of, wanted_of
 from serve.keys import Guard, Ring
+from serve.pacing import Paced
 from serve.problems import Problem, ProblemOut
 from serve.roster import Standing
 from serve.schemas import (
@@ -47,6 +48,7 @@ def application(gate: Gate, watch: Watch = UNWATCHED, ring: Ring | None = None, 
     }
     app = FastAPI(title="Ventral", docs_url=None, redoc_url=None, redirect_slashes=False, responses=refusals, **options)
     watch.meter.watch(gate.readings)
+    app.add_middleware(Paced, gate=gate)
     if ring is not None:
         app.add_middleware(Guard, ring=ring)
     app.add_middleware(Watched, watch=watch)  # around the keys: refusals are counted too
