@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import Field, SecretStr
 
+from jobs._parcels import Parcel, packed
 from jobs._run import Job, run
-from pipeline.errors import DataError
 from pipeline.inference.client import MAX_DETECTIONS, SCORE_THRESHOLD, TOP_K, Client
 
 
@@ -22,7 +22,7 @@ class Call(Job):
         images: files; relative paths lie in `data_root`.
         top_k: of a classifier, the classes that are printed.
         score_threshold, max_detections: of a detector, which objects are.
-        images_per_request: how many are sent together.
+        images_per_request: how many are sent together at most; never more than 8 MiB, as endpoints refuse large bodies.
         key: of an endpoint that asks for one; the environment's VENTRAL_KEY shows in no list of processes.
     """
 
@@ -40,35 +40,28 @@ def call(job: Call) -> None:
     """Ask, and print a line for each class or object."""
     with Client(job.url, key=job.key.get_secret_value() if job.key else None) as client:
         lines = _objects if client.task(job.model.partition("/")[0]) == "detection" else _classes
-        for at in range(0, len(job.images), job.images_per_request):
-            paths = job.images[at : at + job.images_per_request]
-            for line in lines(client, job, [_read(job.data_folder / path) for path in paths], paths):
+        for parcel in packed(job.data_folder, job.images, job.images_per_request):
+            for line in lines(client, job, parcel):
                 print(line)
 
 
-def _classes(client: Client, job: Call, images: list[bytes], paths: Sequence[Path]) -> Iterator[str]:
-    for path, ranked in zip(paths, client.predict_many(job.model, images, job.top_k), strict=True):
+def _classes(client: Client, job: Call, parcel: Parcel) -> Iterator[str]:
+    answers = client.predict_many(job.model, parcel.images, job.top_k)
+    for path, ranked in zip(parcel.paths, answers, strict=True):
         for name, score in zip(ranked.class_names, ranked.scores, strict=True):
             yield f"{path}  {score:.4f}  {name}"
 
 
-def _objects(client: Client, job: Call, images: list[bytes], paths: Sequence[Path]) -> Iterator[str]:
+def _objects(client: Client, job: Call, parcel: Parcel) -> Iterator[str]:
     answers = client.detect_many(
-        job.model, images, score_threshold=job.score_threshold, max_detections=job.max_detections
+        job.model, parcel.images, score_threshold=job.score_threshold, max_detections=job.max_detections
     )
-    for path, found in zip(paths, answers, strict=True):
+    for path, found in zip(parcel.paths, answers, strict=True):
         boxes = found.detections
         for name, score, box in zip(found.class_names, boxes.scores, boxes.boxes_xyxy, strict=True):
             yield f"{path}  {score:.4f}  {name}  {' '.join(f'{side:.1f}' for side in box)}"
         if not len(boxes):
             yield f"{path}  nothing found"
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,8 @@ _STYLE = (
     "pre{background:#f4f4f4;padding:.75rem;overflow:auto;white-space:pre-wrap;word-break:break-all}"
     "h2{border-top:1px solid #ccc;padding-top:1rem}"
 )
+_FIRST = "Every command works as it stands; set HOST, for example http://127.0.0.1:8000"
+_KEY = ", and VENTRAL_KEY, a key of scope admin or of the one that is asked for"
 _POLICY = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
@@ -35,7 +37,8 @@ def page(document: Mapping[str, Any], root: str = "") -> str:
     """The document as HTML."""
     title = escape(document["info"]["title"])
     parts = [f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"]
-    parts.append(f"<h1>{title}</h1><p>Every command works as it stands; set HOST, for example http://127.0.0.1:8000.")
+    has_keys = "securitySchemes" in document["components"]
+    parts.append(f"<h1>{title}</h1><p>{_FIRST}{_KEY if has_keys else ''}.")
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             parts += _operation(f"{root}{path}", method.upper(), operation)
@@ -68,10 +71,10 @@ def command(path: str, method: str, operation: Mapping[str, Any]) -> str:
             query.append(f"{one['name']}={one['example']}")
     address = path + ("?" + "&".join(query) if query else "")
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
-    if body is None:
-        return f'curl -X {method} "$HOST{address}"'
-    data = shlex.quote(json.dumps(body))
-    return f"curl -X {method} \"$HOST{address}\" -H 'Content-Type: application/json' -d {data}"
+    line = f'curl -X {method} "$HOST{address}"'
+    if operation.get("security"):
+        line += ' -H "Authorization: Bearer $VENTRAL_KEY"'
+    return line if body is None else f"{line} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def _text(example: Any) -> str:

@@ -63,7 +63,7 @@ def application(gate: Gate, watch: Watch = UNWATCHED, ring: Ring | None = None, 
     oip.install(app, gate)
     invocations.install(app, gate)
     pages.install(app)
-    openapi.install(app, gate)
+    openapi.install(app, gate, has_keys=ring is not None)
     docs.install(app)
     return app
 

@@ -1,7 +1,8 @@
 """The document of the endpoint, `/openapi.json`, with examples that work: a client may send them as they stand.
 
 FastAPI writes the document from the routes; here it is told what only some of them answer with, and every operation
-gets the example of a request, about a model that is served, and of what is said to it. `serve.docs` shows it.
+gets the example of a request, about a model that is served, and of what is said to it. With keys on it says how one is
+sent, and which scope each operation asks for, as `serve.keys` decides. `serve.docs` shows it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastapi.openapi.utils import get_openapi
 
 from pipeline import imaging
 from serve.gate import Gate
+from serve.keys import required
 from serve.schemas import Served
 
 JSON, BINARY = "application/json", "application/octet-stream"
@@ -27,6 +29,11 @@ _INFER, _PREDICT = "/v2/models/{model}", "/predict/{model}"
 _VERSION = "/versions/{version}"
 _ID = "0af7651916cd43dd8448eb211c80319c"
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
+_KEY_SENT: Mapping[str, Mapping[str, str]] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+"""The ways to send a key, of which one is enough; by the names they have in the document."""
 _PROBLEM = {"$ref": "#/components/schemas/ProblemOut"}
 
 
@@ -37,21 +44,21 @@ class Example(NamedTuple):
     request: Any = None
 
 
-def install(app: FastAPI, gate: Gate) -> None:
-    """Make `app` give this document."""
+def install(app: FastAPI, gate: Gate, *, has_keys: bool = False) -> None:
+    """Make `app` give this document; `has_keys`: it asks for them."""
     last: dict[str, dict[str, Any]] = {}
 
     def document() -> dict[str, Any]:
         roster = gate.roster
         if roster.token not in last:
             last.clear()
-            last[roster.token] = made(app, next(iter(roster.versions), NONE_YET))
+            last[roster.token] = made(app, next(iter(roster.versions), NONE_YET), has_keys=has_keys)
         return last[roster.token]
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
 
-def made(app: FastAPI, served: Served) -> dict[str, Any]:
+def made(app: FastAPI, served: Served, *, has_keys: bool = False) -> dict[str, Any]:
     """The document; its examples ask this version."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     paths, examples = document["paths"], examples_of(served)
@@ -60,7 +67,20 @@ def made(app: FastAPI, served: Served) -> dict[str, Any]:
         for method, operation in operations.items():
             _give(operation, examples[path], served, "200" if "200" in operation["responses"] else "400")
             operation["operationId"] = f"{method} {path}"
+    if has_keys:
+        _say_which_keys(app, document)
     return document
+
+
+def _say_which_keys(app: FastAPI, document: dict[str, Any]) -> None:
+    """As the layer in front judges each operation; its address with the names in braces is one that its route takes."""
+    document["components"]["securitySchemes"] = _KEY_SENT
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            scope = required({"type": "http", "method": method.upper(), "path": path, "app": app})
+            operation["security"] = [] if scope is None else [{way: [scope]} for way in _KEY_SENT]
+            asks = "Asks for no key." if scope is None else f"Asks for a key of scope {scope}."
+            operation["description"] = f"{operation['description']}\n\n{asks}"
 
 
 def _say_what_is_answered(paths: Mapping[str, Any]) -> None:

@@ -18,6 +18,11 @@ export class Problem extends Error {
   get mayPass() {
     return [0, 408, 429, 500, 502, 503, 504].includes(this.status);
   }
+
+  /** Whether what was asked is no longer served, so that the list it was chosen from is out of date. */
+  get isGone() {
+    return this.status === 404 && ["unknown_model", "unknown_version"].includes(this.code);
+  }
 }
 
 /** Send this key from now on; it is kept in memory only. */
@@ -31,8 +36,8 @@ export function hasKey() {
 }
 
 /** What is served: [{name, version, alias, task, num_classes, run_url}]. */
-export async function models() {
-  const { models } = await ask("models", { method: "GET" });
+export async function models(signal) {
+  const { models } = await ask("models", { method: "GET", signal });
   return models.flatMap((model) => model.versions);
 }
 

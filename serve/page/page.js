@@ -20,16 +20,22 @@ function model() {
 // Models
 
 async function loadModels() {
-  const before = [byId("model").value, byId("version").value];
-  await attempt("Asking what is served …", loadModels, async () => {
-    chosen.served = await models();
-    if (!chosen.served.length) throw new Problem("No model is served here yet.");
-    const names = [...new Set(chosen.served.map((one) => one.name))];
-    fill(byId("model"), names.map((name) => [name, name]), before[0]);
-    fillVersions(before[1]);
+  await attempt("Asking what is served …", loadModels, async (signal) => {
+    await renewModels(signal);
     say("");
     if (chosen.file) queueMicrotask(answerPicture);
   });
+}
+
+/** Take the list anew; what is chosen stays so where it is still served. */
+async function renewModels(signal) {
+  const served = await models(signal);
+  if (!served.length) throw new Problem("No model is served here yet.");
+  const [name, version] = [byId("model").value, byId("version").value];
+  const names = [...new Set(served.map((one) => one.name))];
+  chosen.served = served;
+  fill(byId("model"), names.map((one) => [one, one]), name);
+  fillVersions(byId("model").value === name ? version : undefined);
 }
 
 function fillVersions(before) {
@@ -87,7 +93,10 @@ async function answerPicture() {
   showLines();
   if (!file || !asked) return;
   await attempt(`Asking ${asked.name} …`, answerPicture, async (signal) => {
-    const answer = await predict(asked, file, signal);
+    const answer = await predict(asked, file, signal).catch(async (problem) => {
+      if (problem.isGone) await renewModels(signal);
+      throw problem;
+    });
     await chosen.shown; // the boxes are drawn on it
     if (signal.aborted) return;
     chosen.answer = answer;
@@ -124,7 +133,7 @@ function say(sentence, { heard = false } = {}) {
 function showProblem(problem, again) {
   const rejected = problem?.status === 401;
   byId("problem").replaceChildren(...(problem ? [element("p", {}, problem.message), ...details(problem)] : []));
-  byId("again").hidden = !problem?.mayPass;
+  byId("again").hidden = !problem?.mayPass && !problem?.isGone;
   byId("again").onclick = again;
   byId("key-form").hidden = !rejected;
   if (!rejected) return;
@@ -132,10 +141,11 @@ function showProblem(problem, again) {
   byId("key").focus();
 }
 
-function details({ status, code, requestId, retryS }) {
+function details({ status, code, requestId, retryS, isGone }) {
   const when = `The endpoint asks to wait ${retryS} ${retryS === 1 ? "second" : "seconds"} before the next try.`;
   const facts = [status ? `HTTP ${status}` : "", code, requestId ? "request " : ""].filter(Boolean).join(" · ");
   return [
+    ...(isGone ? [element("p", {}, "The list of models has been renewed; try again.")] : []),
     ...(retryS === null ? [] : [element("p", {}, when)]),
     ...(facts ? [element("p", { class: "note" }, facts, ...(requestId ? [element("code", {}, requestId)] : []))] : []),
   ];

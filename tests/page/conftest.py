@@ -95,22 +95,34 @@ def reached(bundles: dict[str, Bundle]) -> Models:
     return Models({name: Predictor(made) for name, made in bundles.items()})
 
 
-@pytest.fixture(autouse=True)
-def _as_at_first(reached: Models) -> None:
-    reached.failures.clear()
-    reached.needs_key = False
-
-
 @pytest.fixture(scope="session")
-def url(bundles: dict[str, Bundle], reached: Models) -> Iterator[str]:
-    """The endpoint's address; its own thread serves it."""
+def roster(bundles: dict[str, Bundle]) -> Roster:
+    """What is served at first."""
     served = [
         Served("digits", "3", "champion", bundles["digits"].path, 10, run_url=RUN),
         Served("insects", "1", None, bundles["insects"].path, len(CLASSES), "detection"),
         Served("markup", "1", None, bundles["markup"].path, 10, run_url="javascript:document.title='owned'"),
     ]
-    roster = Roster.of([Standing(one.name, one) for one in served])
-    app = application(Gate(roster, Limits(max_body_bytes=MOST_BYTES), reached))
+    return Roster.of([Standing(one.name, one) for one in served])
+
+
+@pytest.fixture(scope="session")
+def gate(roster: Roster, reached: Models) -> Gate:
+    """The endpoint's; a test may set its roster, as a swap does."""
+    return Gate(roster, Limits(max_body_bytes=MOST_BYTES), reached)
+
+
+@pytest.fixture(autouse=True)
+def _as_at_first(reached: Models, roster: Roster, gate: Gate) -> None:
+    reached.failures.clear()
+    reached.needs_key = False
+    gate.roster = roster
+
+
+@pytest.fixture(scope="session")
+def url(gate: Gate, reached: Models) -> Iterator[str]:
+    """The endpoint's address; its own thread serves it."""
+    app = application(gate)
 
     @app.middleware("http")
     async def key(request: Request, call_next: Callable[[Request], Any]) -> Response:

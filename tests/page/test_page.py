@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import requests
 from PIL import Image
 from ray.serve.exceptions import BackPressureError
 
+from serve.gate import Gate
+from serve.roster import Roster, Standing
 from tests.page.conftest import KEY, MARKUP, MOST_BYTES, RUN, Models
 
 if TYPE_CHECKING:
@@ -287,6 +290,76 @@ def test_busy_endpoint_says_when_to_try_again_and_is_tried_again(page: Page, rea
     page.locator("#again").click()
     page.wait_for_selector("#rows tr")
     assert page.locator("#problem p").count() == 0
+
+
+RENEWED = "The list of models has been renewed; try again."
+
+
+def swap(gate: Gate) -> None:
+    """Have the next version of every model served instead."""
+    after = [replace(one, version=f"{int(one.version) + 1}") for one in gate.roster.versions]
+    gate.roster = Roster.of([Standing(one.name, one) for one in after])
+
+
+def test_version_that_is_no_longer_served_renews_the_list_and_keeps_the_model(
+    page: Page, gate: Gate, files: Files
+) -> None:
+    page.select_option("#model", "insects")
+    swap(gate)
+    choose(page, files("four.png", quarters("PNG")), "insects")
+    assert refusal(page).startswith(
+        f"insects: version 1 is not served, version 2 is.{RENEWED}HTTP 404 · unknown_version"
+    )
+    assert [page.locator(f"#{part}").input_value() for part in ("model", "version")] == ["insects", "2"]
+    assert texts(page, "#version option") == ["2"]
+    assert "/versions/2" in str(page.locator("#curl").text_content())
+    page.locator("#again").click()
+    page.wait_for_selector("#result:not([hidden])")
+    assert "insects, version 2" in str(page.locator("#result-model").text_content())
+    assert page.locator("#problem p").count() == 0
+
+
+def test_model_that_is_no_longer_served_leaves_the_list_and_another_can_be_asked(
+    page: Page, gate: Gate, files: Files
+) -> None:
+    live = gate.roster.standings["digits"].live
+    assert live
+    page.select_option("#model", "markup")
+    older = replace(live, version="1", alias=None)  # the number that markup had
+    gate.roster = Roster.of([Standing("digits", live, kept=(older,))])
+    choose(page, files("four.png", quarters("PNG")), "markup")
+    said = refusal(page)
+    assert RENEWED in said
+    assert "HTTP 404 · unknown_model" in said
+    assert texts(page, "#model option") == ["digits"]
+    assert texts(page, "#version option") == ["3 (champion)", "1"]
+    page.locator("#again").click()
+    page.wait_for_selector("#result:not([hidden])")
+    assert "digits, version 3 (champion)" in str(page.locator("#result-model").text_content())
+
+
+def test_list_that_cannot_be_renewed_says_why_and_is_renewed_by_the_next_try(
+    page: Page, gate: Gate, files: Files
+) -> None:
+    before, gate.roster = gate.roster, Roster.of([])
+    choose(page, files("four.png", quarters("PNG")))
+    assert "No model is served here yet." in refusal(page)
+    gate.roster = before
+    swap(gate)
+    page.locator("#again").click()
+    page.wait_for_selector(f"#problem :text('{RENEWED}')")
+    page.locator("#again").click()
+    page.wait_for_selector("#result:not([hidden])")
+    assert "digits, version 4" in str(page.locator("#result-model").text_content())
+
+
+def test_other_refusal_with_404_renews_nothing(page: Page, files: Files) -> None:
+    asked = list[str]()
+    page.on("request", lambda request: asked.append(request.url))
+    page.route("**/predict/**", lambda route: route.fulfill(status=404, body="none", content_type="text/plain"))
+    choose(page, files("four.png", quarters("PNG")))
+    assert RENEWED not in refusal(page)
+    assert [one for one in asked if one.endswith("/models")] == []
 
 
 def test_endpoint_that_is_away_says_so_and_is_tried_again(page: Page, files: Files) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import html
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from pipeline.inference import keys as kept
+from pipeline.inference.keys import Keys
+from serve.keys import Ring
+from tests.asgi import Client, ranked
 from tests.mutations import Sent
 from tests.real_models import real_application
 from tests.unit.test_serve_fuzz import answer_of
@@ -111,3 +117,74 @@ def test_page_for_people_shows_every_operation_and_loads_nothing(app: FastAPI) -
     assert "src=" not in text
     assert "href=" not in text
     assert "<script" not in text
+
+
+# With keys on
+
+INFER, INFER_TOKEN = kept.mint("phone")
+ADMIN, ADMIN_TOKEN = kept.mint("boss", ("admin",))
+SENT_AS = {"bearer": ("authorization", "Bearer "), "header": ("x-api-key", "")}
+"""A header and what stands before the token in it."""
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Client:
+    return Client(ranked(1), ring=Ring(Keys(keys=(INFER, ADMIN))))
+
+
+def sent(client: Client, method: str, address: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, Any]:
+    status, said, _ = asyncio.run(client.send(method, address, client._body([body], 0.0), headers))
+    return status, said
+
+
+def commands(page: str) -> Iterator[tuple[str, str, dict[str, str], bytes]]:
+    """Method, address, headers and body of each command on the page, as a shell would have curl send them."""
+    for text in re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL):
+        line = html.unescape(text).replace("$HOST", "").replace("$VENTRAL_KEY", ADMIN_TOKEN)
+        curl, x, method, address, *options = shlex.split(line)
+        assert (curl, x) == ("curl", "-X")
+        given = list(zip(options[::2], options[1::2], strict=True))
+        assert {option for option, _ in given} <= {"-H", "-d"}
+        headers = dict(value.split(": ", 1) for option, value in given if option == "-H")
+        yield method, address, headers, "".join(value for option, value in given if option == "-d").encode()
+
+
+def test_every_command_of_the_page_works_as_it_stands_with_a_key_of_scope_admin(guarded: Client) -> None:
+    status, page = sent(guarded, "GET", "/docs", {"authorization": f"Bearer {ADMIN_TOKEN}"})
+    assert status == 200
+    assert ", and VENTRAL_KEY, a key of scope admin" in page.decode().partition("<h2>")[0]
+    tried = list(commands(page.decode()))
+    assert len(tried) == len(list(operations(guarded.app.openapi())))
+    for method, address, headers, body in tried:
+        status, said = sent(guarded, method, address, headers, body)
+        assert status == (400 if address.endswith("load") else 200), (address, said)
+
+
+def test_each_operation_says_the_key_that_it_asks_for(guarded: Client) -> None:
+    document = guarded.app.openapi()
+    assert document["components"]["securitySchemes"] == {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    scopes = set[str]()
+    for path, method, operation in operations(document):
+        address = path.format(model="digits", version="3")
+        ways = {name: scope for way in operation["security"] for name, (scope,) in way.items()}
+        assert ways.keys() in (set(), set(SENT_AS)), path
+        said = f"a key of scope {ways['bearer']}" if ways else "no key"
+        assert operation["description"].endswith(f"\n\nAsks for {said}.")
+        opens = {"infer": [401, 200, 200], "admin": [401, 403, 200]}[ways["bearer"]] if ways else [200] * 3
+        for header, before in SENT_AS.values():
+            given = [{}, *({header: before + token} for token in (INFER_TOKEN, ADMIN_TOKEN))]
+            found = [sent(guarded, method.upper(), address, one)[0] for one in given]
+            assert [status if status in {401, 403} else 200 for status in found] == opens, path
+        scopes |= set(ways.values()) or {"none"}
+    assert scopes == {"none", "infer", "admin"}
+
+
+def test_without_keys_nothing_is_said_of_them(app: FastAPI) -> None:
+    text = json.dumps(app.openapi())
+    assert [word for word in ("security", "scope", "Bearer") if word in text] == []
+    _, _, page = asyncio.run(answer_of(app, Sent("GET", "/docs")))
+    assert b"<p>Every command works as it stands; set HOST" in page
+    assert b"VENTRAL_KEY" not in page
