@@ -74,7 +74,7 @@ HAPROXY_RULES = """\
     http-request del-header x-request-timeout-seconds
     http-request del-header x-request-disconnect-disabled
     http-request del-header serve_multiplexed_model_id
-    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^A-Za-z0-9._-] }
+    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^A-Za-z0-9._-]|.{129} }
 """
 """For requests: headers that Ray answers with 500 where they are no text, and two of which would lift its limits."""
 
@@ -88,7 +88,7 @@ for argument; do
             -e '/^frontend http_frontend$/r {rules}' "$argument"
     esac
 done
-exec '{binary}' "$@"
+exec nice -n -15 '{binary}' "$@"
 """
 
 

@@ -27,6 +27,7 @@ from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
 from serve.batching import Batcher
 from serve.metrics import Load, RayMeter
+from serve.process import go_first, unpickle_nothing
 from serve.schemas import LATE, ModelArgs, Refused, Served, Told, Wanted
 
 _LATE = Refused(LATE, "nobody waits for this image any more")
@@ -58,6 +59,7 @@ class Replica:
     """One version of one model."""
 
     def __init__(self, served: Served, args: ModelArgs) -> None:
+        unpickle_nothing()
         torch.set_num_threads(max(1, int(args.num_cpus)))
         found = bundle.load(served.bundle)
         if not found.card.weights_sha256.startswith(served.weights):
@@ -70,6 +72,7 @@ class Replica:
         self.load = Load(RayMeter(), served)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
+        go_first()
 
     async def __call__(self, request: Request) -> Response:
         """Refuse HTTP: a replica may have a port of its own, which is nobody's business."""

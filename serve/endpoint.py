@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from serve.gate import Gate
 from serve.ingress import application
 from serve.keys import Access
 from serve.metrics import RayMeter
+from serve.process import go_first, unpickle_nothing
 from serve.roster import Roster, Standing
 from serve.schemas import AppArgs, Refused, Served, Told, Wanted
 from serve.watching import Watch
@@ -39,9 +39,9 @@ class Minder:
     def __init__(self, args: AppArgs) -> None:
         from serve.reconciler import Reconciler  # noqa: PLC0415  (the endpoint's processes need none of it)
         from serve.stage import RayStage  # noqa: PLC0415
-        from serve.versions import NO_PICKLE, Versions  # noqa: PLC0415
+        from serve.versions import Versions  # noqa: PLC0415
 
-        os.environ.update(NO_PICKLE)
+        unpickle_nothing()
         stage = RayStage(ray.serve.get_replica_context().app_name, args.limits.answer_s)
         self._reconciler = Reconciler(args.models, Versions(args), stage, args.poll_s)
         self._reconciler.begin()
@@ -59,6 +59,7 @@ class Endpoint:
     """The ingress deployment: the application over Ray's handles."""
 
     def __init__(self, args: AppArgs, access: Access, minder: Any) -> None:
+        unpickle_nothing()
         self.ring = access.ring()
         self.gate = Gate(Roster({model.name: Standing(model.name) for model in args.models}), args.limits, self)
         self._args = args
@@ -92,6 +93,7 @@ class Endpoint:
         first_s = max(model.load_s for model in self._args.models)  # to be told of every model
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._has_news.wait(), first_s)
+        go_first()
         yield
         task.cancel()
 

@@ -27,8 +27,6 @@ from serve.schemas import AppArgs, ModelArgs, Served
 
 REGISTRY = "MLFLOW_TRACKING_URI"
 MEMORY = "served.json"
-NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-"""For every process that serves: MLflow unpickles what a model holds unless it is told not to."""
 UNUSED_S = 86400.0
 """So long nobody must have asked for a fetched bundle before it is removed. Jobs and other applications share the
 folder, and what was asked for once may be loaded hours later, by a replica or an actor that is started anew."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,52 @@ def test_asyncio_client_asks_many_things_at_once(url: str, offline: Predictor, p
 
     best = [found.labels[0] for found in asyncio.run(ask())]
     assert best == probabilities(offline, images).argmax(axis=1).tolist()
+
+
+def test_what_the_proxy_refuses_in_its_own_words_is_an_error_to_foreign_clients(url: str, picture: Any) -> None:
+    """A head of 100 kB: HAProxy's 400, `text/html`."""
+    too_long = {"x-long": "a" * 100_000}
+    with triton.InferenceServerClient(url.removeprefix("http://")) as client:
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer("tiny", [encoded([picture()])], headers=too_long)
+        assert refused.value.status() == "400"
+        assert client.infer("tiny", [encoded([picture()])]).as_numpy("probabilities").shape == (1, NUM_CLASSES)
+    openapi = OpenInferenceClient(base_url=url)
+    with pytest.raises(ApiError) as refused_too:
+        openapi.read_model_metadata("tiny", request_options={"additional_headers": too_long})
+    assert refused_too.value.status_code == 400
+
+
+class Dead(BaseHTTPRequestHandler):
+    """Answers as HAProxy does while no ingress process lives."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        body = b"Internal Server Error"
+        self.send_response(500)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep quiet."""
+
+
+def test_an_endpoint_without_a_living_process_is_an_error_to_foreign_clients(picture: Any) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dead) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            with triton.InferenceServerClient(f"127.0.0.1:{server.server_port}") as client:
+                assert not client.is_server_ready()
+                with pytest.raises(InferenceServerException) as failed:
+                    client.infer("tiny", [encoded([picture()])])
+                assert failed.value.status() == "500"
+            with pytest.raises(ApiError) as failed_too:
+                OpenInferenceClient(base_url=f"http://127.0.0.1:{server.server_port}").read_model_metadata("tiny")
+            assert failed_too.value.status_code == 500
+        finally:
+            server.shutdown()

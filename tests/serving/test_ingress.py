@@ -164,6 +164,9 @@ def test_request_id_of_the_client_comes_back_and_nonsense_is_replaced(post: Any,
     assert fresh[0] != fresh[1]
     strange = post(picture(), headers={"x-request-id": "<b> " + "x" * 200}).json()["request_id"]
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", strange)
+    long = post(picture(), headers={"x-request-id": "x" * 129})
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", long.headers["x-request-id"])
+    assert long.headers["x-request-id"] == long.json()["request_id"]  # one header, and the same
 
 
 def test_predict_by_many_clients_at_once_gives_each_its_own_answer(url: str, picture: Any, tiny: Bundle) -> None:
