@@ -88,7 +88,7 @@ for argument; do
             -e '/^frontend http_frontend$/r {rules}' "$argument"
     esac
 done
-exec nice -n -15 '{binary}' "$@"
+exec '{binary}' "$@"
 """
 
 

@@ -27,7 +27,7 @@ from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
 from serve.batching import Batcher
 from serve.metrics import Load, RayMeter
-from serve.process import go_first, unpickle_nothing
+from serve.process import unpickle_nothing
 from serve.schemas import LATE, ModelArgs, Refused, Served, Told, Wanted
 
 _LATE = Refused(LATE, "nobody waits for this image any more")
@@ -72,7 +72,6 @@ class Replica:
         self.load = Load(RayMeter(), served)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
-        go_first()
 
     async def __call__(self, request: Request) -> Response:
         """Refuse HTTP: a replica may have a port of its own, which is nobody's business."""

@@ -23,7 +23,7 @@ from serve.gate import Gate
 from serve.ingress import application
 from serve.keys import Access
 from serve.metrics import RayMeter
-from serve.process import go_first, unpickle_nothing
+from serve.process import unpickle_nothing
 from serve.roster import Roster, Standing
 from serve.schemas import AppArgs, Refused, Served, Told, Wanted
 from serve.watching import Watch
@@ -93,7 +93,6 @@ class Endpoint:
         first_s = max(model.load_s for model in self._args.models)  # to be told of every model
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._has_news.wait(), first_s)
-        go_first()
         yield
         task.cancel()
 
