@@ -44,12 +44,12 @@ def process(head: Service, name: str) -> psutil.Process:
 
 
 def processes(head: Service, name: str) -> list[psutil.Process]:
-    found = []
-    for one in _members(head):
+    found = {}
+    for one in _members(head):  # which may name one twice
         with suppress(psutil.Error):  # it ends meanwhile
             if " ".join(one.cmdline()).startswith(f"ray::ServeReplica:{name}"):
-                found.append(one)
-    return found
+                found[one.pid] = one
+    return list(found.values())
 
 
 def until(what: Callable[[], bool], timeout_s: float = SOON_S) -> None:
