@@ -218,10 +218,10 @@ def test_nobody_there_is_a_cluster_error_with_the_address() -> None:
             Client(url).predict("pets", b"image")
 
 
-PROXYS = b"Internal Server Error"
+OF_PROXY = b"Internal Server Error"
 
 
-@pytest.mark.parametrize("loss", [None, PROXYS])
+@pytest.mark.parametrize("loss", [None, OF_PROXY])
 def test_a_question_that_got_lost_is_asked_once_more(endpoint: Endpoint, loss: bytes | None) -> None:
     async def ask() -> Ranked:
         async with AsyncClient(endpoint.url) as client:
