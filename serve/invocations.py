@@ -38,7 +38,8 @@ class Invocations:
 
     async def ping(self) -> Response:
         """Answer 200 once every model is loaded, 503 until then; nothing is said."""
-        return Response(status_code=503 if await self.gate.waiting_for() else 200)
+        waiting = await self.gate.waiting_for()
+        return Response(status_code=503, headers=problems.RETRY_AFTER) if waiting else Response()
 
     async def invoke(self, request: Request, model: str | None = None) -> JSONResponse:
         """Answer about one image, or about those of MLflow's JSON."""

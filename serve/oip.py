@@ -225,7 +225,7 @@ class Oip:
             del body  # the images stay, as they are sent on
             parameters = asked.said.parameters
             if (version := _version(parameters.get("model_version"))) is not None:
-                found = self._agreed(request, gate.find(found.name, version))
+                found = self._agreed(request, version)
             _check_outputs(asked.said.outputs, found)
             pixels = asked.image.datatype != "BYTES"
             wanted = wanted_of(found, _asked(parameters), where="parameters", pixels=pixels)
@@ -240,11 +240,14 @@ class Oip:
     def _find(self, request: Request, key: str = "") -> Served:
         return self.gate.find(request.path_params["model"], request.path_params.get("version"), key)
 
-    def _agreed(self, request: Request, said: Served) -> Served:
-        """The version of a request's parameters, which its path must not contradict."""
-        version = request.path_params.get("version", said.version)
-        if version != said.version:
-            raise Problem(400, "version", f"The path says version {version}, model_version {said.version}; say one.")
+    def _agreed(self, request: Request, version: str) -> Served:
+        """The version of a request's parameters, which its path must not contradict, by number or alias."""
+        address = request.path_params["model"]
+        said = self.gate.find(address.partition("@")[0], version)
+        by_number = request.path_params.get("version") in {None, version}
+        by_alias = "@" not in address or self.gate.find(address) == said
+        if not (by_number and by_alias):
+            raise Problem(400, "version", f"The path says another version than model_version {said.version}; say one.")
         return said
 
     def _statistics(self, found: Served) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Answers go out as fast as they are taken, and are in hand until then.
 
 A server takes an answer of any size at once and keeps what the client does not read, for as long as it is connected;
-nobody would count that. Here a large answer is sent piece by piece, its request stays counted, and a client has as long
-to take the answer as it had to send the body. After that the connection ends.
+nobody would count that. Here a large answer is sent piece by piece, its request stays counted, and a client has to take
+it as fast as the largest body has to come, a smaller one in `body_s` seconds. After that it gets no more: some 128 KiB
+stay with the server until the connection ends. It takes a server whose `send` waits for the client, as uvicorn's does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.gate import Gate
+from serve.seen import seen
 
+NOT_TAKEN = "not_taken"
+"""The code of such a request, for metrics and the log; its status was sent before."""
 PIECE = 2**16
 """Bytes: as many as uvicorn keeps before it waits for the client."""
 
@@ -35,16 +39,21 @@ class Paced:
                 return
             with self.gate.sending():
                 try:
-                    async with asyncio.timeout(self.gate.limits.body_s):
+                    async with asyncio.timeout(self._within_s(len(message["body"]))):
                         for piece in _pieces(message):
                             await send(piece)
                 except TimeoutError:
+                    seen().code = NOT_TAKEN
                     raise _NotTakenError from None
 
         try:
             await self.app(scope, receive, paced)
         except _NotTakenError:
             return  # the server ends a connection whose answer is not whole
+
+    def _within_s(self, size: int) -> float:
+        limits = self.gate.limits
+        return limits.body_s * max(1.0, size / limits.max_body_bytes)
 
 
 class _NotTakenError(Exception):

@@ -238,8 +238,11 @@ def _failures(url: str) -> Iterator[None]:
 
 
 def _is_lost(response: httpx.Response) -> bool:
-    """Whether it is the proxy that says that the endpoint failed: the endpoint's own words are JSON with a code."""
-    return response.is_server_error and "code" not in _json(response)
+    """Whether it is the proxy that says that the endpoint failed, and not by silence.
+
+    The endpoint's own words are JSON with a code.
+    """
+    return response.is_server_error and response.status_code != 504 and "code" not in _json(response)
 
 
 def _answers(url: str, response: httpx.Response, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:

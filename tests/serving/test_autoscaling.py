@@ -26,6 +26,13 @@ def wait_for(head: Service, count: int, timeout_s: float) -> bool:
     return False
 
 
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + UP_S
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
     ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
@@ -40,14 +47,16 @@ def test_replicas_under_load_go_from_one_to_two_and_back_without_a_failure(
     # Waiting for a batch that never fills keeps requests in hand without keeping the processor busy.
     url = deploy(ray_head, app_config(autoscaling=scaling, batch={"max_size": 64, "wait_ms": 150.0}))
     assert wait_for(ray_head, 1, UP_S)  # those of another deployment are let go
-    with Load(f"{url}/predict/tiny", picture(), CLIENTS) as load:
-        assert wait_for(ray_head, 2, UP_S)
-        seen = len(load.statuses)
-        time.sleep(1)
-        assert len(load.statuses) > seen
-    load.expect_no_failure()
-    assert wait_for(ray_head, 1, DOWN_S)
-    assert requests.post(f"{url}/predict/tiny", data=picture(), timeout=30).status_code == 200
+    with Load(f"{url}/predict/tiny", picture(), num_clients=1) as one:  # who asks all the time, also one that is let go
+        with Load(f"{url}/predict/tiny", picture(), CLIENTS) as many:
+            assert wait_for(ray_head, 2, UP_S)
+            seen = len(many.statuses)
+            until(lambda: len(many.statuses) > seen)
+        assert wait_for(ray_head, 1, DOWN_S)
+        seen = len(one.statuses)
+        until(lambda: len(one.statuses) > seen)
+    many.expect_no_failure()
+    one.expect_no_failure()
 
 
 @pytest.mark.slow
@@ -61,6 +70,5 @@ def test_a_model_that_sleeps_is_woken_by_its_next_request_and_sleeps_again(
         assert requests.get(f"{url}/readyz", timeout=10).status_code == 200  # it would answer
         with Load(f"{url}/predict/tiny", picture(), num_clients=2) as load:
             assert wait_for(ray_head, 1, UP_S)
-            while len(load.statuses) < 2:
-                time.sleep(0.1)
+            until(lambda: len(load.statuses) >= 2)
         load.expect_no_failure()

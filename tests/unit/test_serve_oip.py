@@ -174,10 +174,10 @@ def test_version_among_the_parameters_is_one_or_none(version: Any) -> None:
 
 def test_version_of_the_parameters_must_not_contradict_the_paths() -> None:
     client, asked = two_versions(), [{"inputs": [IMAGE], "parameters": {"model_version": said}} for said in ("3", "4")]
-    path = "/v2/models/digits/versions/3/infer"
-    found = [asyncio.run(client.post(path, [json.dumps(body).encode()])) for body in asked]
-    assert [(status, body.get("code")) for status, body, _ in found] == [(200, None), (400, "version")]
-    assert client.models.versions == ["3"]
+    for named in ("digits/versions/3", "digits@champion"):
+        found = [post(client, body, path=f"/v2/models/{named}/infer") for body in asked]
+        assert [(status, body.get("code")) for status, body, _ in found] == [(200, None), (400, "version")]
+    assert client.models.versions == ["3", "3"]
 
 
 @pytest.mark.parametrize("said", [{"parameters": {"timeout": 10**400}}, {"parameters": {"model_version": "3"}}])
@@ -254,7 +254,7 @@ def test_a_version_is_ready_or_not_whatever_the_live_one_is() -> None:
     assert [one["version"] for one in body] == ["3"]
 
 
-@pytest.mark.parametrize("path", ["/readyz", "/v2/health/ready", "/v2/models/flowers/ready"])
+@pytest.mark.parametrize("path", ["/readyz", "/ping", "/v2/health/ready", "/v2/models/flowers/ready"])
 def test_what_is_not_ready_says_when_to_ask_again(path: str) -> None:
     client = Client(TimeoutError())
     status, _, headers = asyncio.run(client.send("GET", path, client._body([b""], 0), {}))

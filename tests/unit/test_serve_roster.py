@@ -201,8 +201,9 @@ def test_answers_that_come_at_once_shadow_no_more_than_is_allowed() -> None:
 
     async def scenario() -> None:
         asking = [asyncio.ensure_future(asked.post("/predict/digits", [b"x"])) for _ in range(16)]
-        while asked.gate._inflight < 16:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while asked.gate._inflight < 16:
+                await asyncio.sleep(0)
         all_asked.set()
         assert {status for status, *_ in await asyncio.gather(*asking)} == {200}
         await asyncio.gather(*asked.gate._shadows)
