@@ -29,8 +29,7 @@ down: install  ## stop what `make up` left running
 
 test: install  ## style, types, architecture, all tests but the slow ones, the quickstart in them; CI runs this
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/pytest -m "not slow and not long" --ignore=tests/unit
-	$(BIN)/pytest -m "not slow and not long" tests/unit
+	$(BIN)/pytest -m "not slow and not long"
 
 test-slow: install  ## kills, full disks, stopped jobs, real scales; before a release
 	$(BIN)/pytest -m "slow and not long"

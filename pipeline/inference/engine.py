@@ -283,10 +283,23 @@ def _onnxruntime(exported: bytes, precision: Precision, num_threads: int) -> _Ru
     return lambda images: [torch.from_numpy(one) for one in session.run(None, {given.name: images.numpy()})]
 
 
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's, one in a process and for as long as it lives.
+
+    Its CPU plugin gives the thread that loads it a stack for signals, and gives back the one before when it goes. Of
+    two plugins that go in the order in which they came, the thread is left with the stack of one that is gone, and the
+    next signal that Python handles ends the process without a word.
+    """
+    import openvino  # noqa: PLC0415
+
+    return openvino.Core()
+
+
 def _openvino(exported: bytes, precision: Precision, num_threads: int) -> _Run:
     import openvino  # noqa: PLC0415
 
-    core = openvino.Core()
+    core = _core()
     hints = {
         "INFERENCE_NUM_THREADS": num_threads,
         "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +134,27 @@ def test_a_two_stage_detector_runs_its_first_stage_on_every_engine(one: Engine, 
     for mine, theirs in zip((*given[0].values(), *given[1]), (*wanted[0].values(), *wanted[1]), strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), atol=close(one) * theirs.abs().max().item(), rtol=0)
     assert len(on(made, one).predict_batch(batch)) == 3
+
+
+LET_GO = """
+import gc, signal, torch
+from pipeline.inference import engine
+
+exported = engine._exported(torch.nn.Conv2d(3, 2, 1), torch.rand(2, 3, 8, 8), sizes_vary=False)
+running = [engine._openvino(exported, "fp32", 1) for _ in range(2)]
+while running:
+    running.pop(0)
+    gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGCHLD)
+"""
+
+
+@pytest.mark.skipif(not any(one.runtime == "openvino" for one in OTHERS), reason="openvino is not installed")
+def test_a_process_survives_a_signal_after_engines_are_let_go_in_the_order_they_came() -> None:
+    command = [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", LET_GO]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["handled"]), done.stderr
 
 
 def test_bf16_keeps_weights_of_16_bits_and_gives_fp32(lenet: Bundle) -> None:
