@@ -13,7 +13,7 @@ import ray.serve
 from pipeline import config
 from serve import keys, versions
 from serve.endpoint import Endpoint, Minder
-from serve.process import unpickle_nothing
+from serve.process import load_no_code
 from serve.schemas import AppArgs
 from serve.stage import QUIET, START_ATTEMPTS
 
@@ -29,7 +29,7 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
         TrackingError: the registry has no such model; or it does not answer, and no version is known from before.
         BundleError: a bundle is damaged.
     """
-    unpickle_nothing()
+    load_no_code()
     wanted = config.parse(AppArgs, args, "serve.app args")
     access = keys.settle(wanted)
     versions.settle_all(wanted)

@@ -27,7 +27,7 @@ from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
 from serve.batching import Batcher
 from serve.metrics import Load, RayMeter
-from serve.process import unpickle_nothing
+from serve.process import load_no_code
 from serve.schemas import LATE, ModelArgs, Refused, Served, Told, Wanted
 
 _LATE = Refused(LATE, "nobody waits for this image any more")
@@ -59,7 +59,7 @@ class Replica:
     """One version of one model."""
 
     def __init__(self, served: Served, args: ModelArgs) -> None:
-        unpickle_nothing()
+        load_no_code()
         torch.set_num_threads(max(1, int(args.num_cpus)))
         found = bundle.load(served.bundle)
         if not found.card.weights_sha256.startswith(served.weights):

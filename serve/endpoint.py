@@ -23,7 +23,7 @@ from serve.gate import Gate
 from serve.ingress import application
 from serve.keys import Access
 from serve.metrics import RayMeter
-from serve.process import unpickle_nothing
+from serve.process import load_no_code
 from serve.roster import Roster, Standing
 from serve.schemas import AppArgs, Refused, Served, Told, Wanted
 from serve.watching import Watch
@@ -41,7 +41,7 @@ class Minder:
         from serve.stage import RayStage  # noqa: PLC0415
         from serve.versions import Versions  # noqa: PLC0415
 
-        unpickle_nothing()
+        load_no_code()
         stage = RayStage(ray.serve.get_replica_context().app_name, args.limits.answer_s)
         self._reconciler = Reconciler(args.models, Versions(args), stage, args.poll_s)
         self._reconciler.begin()
@@ -59,7 +59,7 @@ class Endpoint:
     """The ingress deployment: the application over Ray's handles."""
 
     def __init__(self, args: AppArgs, access: Access, minder: Any) -> None:
-        unpickle_nothing()
+        load_no_code()
         self.ring = access.ring()
         self.gate = Gate(Roster({model.name: Standing(model.name) for model in args.models}), args.limits, self)
         self._args = args

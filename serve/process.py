@@ -8,6 +8,6 @@ NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 """MLflow unpickles what a model holds unless it is told not to."""
 
 
-def unpickle_nothing() -> None:
-    """Tell MLflow, whoever imports it in this process."""
+def load_no_code() -> None:
+    """Have MLflow, whoever imports it in this process, unpickle nothing: a pickle is code."""
     os.environ.update(NO_PICKLE)
