@@ -147,20 +147,17 @@ class Gate:
         """
         if self._inflight + count > self.limits.max_inflight:
             raise problems.overloaded()
+        with self.in_hand(count):
+            yield
+
+    @contextmanager
+    def in_hand(self, count: int = 1) -> Iterator[None]:
+        """Count images, or answers on their way, in and out; not they are refused for want of room, but others."""
         self._inflight += count
         try:
             yield
         finally:
             self._inflight -= count
-
-    @contextmanager
-    def sending(self) -> Iterator[None]:
-        """Count an answer that is on its way like an image; it is not refused for want of room, others are."""
-        self._inflight += 1
-        try:
-            yield
-        finally:
-            self._inflight -= 1
 
     async def ask(
         self, served: Served, images: tuple[bytes, ...], wanted: Wanted, within_s: float | None = None, key: str = ""

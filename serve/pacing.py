@@ -37,7 +37,7 @@ class Paced:
             if len(message.get("body", b"")) <= PIECE:
                 await send(message)
                 return
-            with self.gate.sending():
+            with self.gate.in_hand():
                 try:
                     async with asyncio.timeout(self._within_s(len(message["body"]))):
                         for piece in _pieces(message):

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import uvicorn
 
 from serve.gate import Gate
 from serve.ingress import application
@@ -15,6 +21,7 @@ from serve.roster import Roster, Standing
 from serve.schemas import Limits, Refused, Served, Told, Wanted
 from serve.watching import UNWATCHED, Watch
 
+START_S = 30.0
 SERVED = (
     Served("digits", "3", "champion", Path("/nowhere"), 10, run_url="http://mlflow/#/experiments/1/runs/a"),
     Served("flowers", "1", None, Path("/nowhere"), 3),
@@ -45,6 +52,22 @@ class Answering:
         if isinstance(self.answer, Exception) and served.name == "flowers":
             raise self.answer
         return True
+
+
+@contextmanager
+def on_socket(app: Any) -> Iterator[str]:
+    """The address of an ASGI application that a thread serves."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_S
+    while not server.started and time.monotonic() < deadline:
+        thread.join(0.01)
+    assert server.started
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(START_S)
 
 
 def ranked(count: int) -> Told:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import uvicorn
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
@@ -28,6 +25,7 @@ from serve.gate import Gate
 from serve.ingress import application
 from serve.roster import Roster, Standing
 from serve.schemas import Limits, Refused, Served, Told, Wanted
+from tests.asgi import on_socket
 from tests.small_detection import CLASSES, untaught
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ KEY = "correct-horse"
 MARKUP = "<img src=x onerror=\"document.title='owned'\">"
 """A class that would like to be HTML."""
 MOST_BYTES = 300_000
-START_S = 30.0
 
 
 @dataclasses.dataclass
@@ -133,17 +130,8 @@ def url(gate: Gate, reached: Models) -> Iterator[str]:
         said = {"error": "Expected a key in the header Authorization.", "code": "key", "request_id": "r1"}
         return JSONResponse(said, 401, {"WWW-Authenticate": "Bearer"})
 
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + START_S
-    while not server.started and time.monotonic() < deadline:
-        thread.join(0.05)
-    assert server.started
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(START_S)
+    with on_socket(app) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

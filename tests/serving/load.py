@@ -5,8 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import requests
+
+
+def until(what: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    """Wait for something, looking five times a second."""
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
+        time.sleep(0.2)
 
 
 class Load:

@@ -11,7 +11,7 @@ import requests
 
 from jobs._deploy import deploy, replicas
 from jobs._process import Service
-from tests.serving.load import Load
+from tests.serving.load import Load, until
 
 CLIENTS = 8
 UP_S, DOWN_S = 60.0, 60.0
@@ -24,13 +24,6 @@ def wait_for(head: Service, count: int, timeout_s: float) -> bool:
             return True
         time.sleep(0.25)
     return False
-
-
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + UP_S
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +21,10 @@ from PIL import Image
 from jobs import _stack
 from jobs._deploy import deploy, replicas
 from jobs._process import Service, _members, stop
+from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client
 from pipeline.tracking import registry, runs
-from tests.serving.load import Load
+from tests.serving.load import Load, until
 from tests.serving.test_aliases import make, wait_for
 
 pytestmark = pytest.mark.slow
@@ -50,13 +51,6 @@ def processes(head: Service, name: str) -> list[psutil.Process]:
             if " ".join(one.cmdline()).startswith(f"ray::ServeReplica:{name}"):
                 found[one.pid] = one
     return list(found.values())
-
-
-def until(what: Callable[[], bool], timeout_s: float = SOON_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -147,6 +141,21 @@ def own_mlflow(tmp_path: Path) -> Iterator[Service]:
     stop(server)
 
 
+def publish(uri: str, name: str, made: Sequence[Bundle]) -> None:
+    """Register versions from 1 on; the first is the champion."""
+    with runs.start(uri, runs.Config(experiment=name), params={}, tags={}) as run:
+        for one in made:
+            registry.publish(run, one, name)
+    registry.promote(uri, name, "1")
+
+
+def following(config: dict[str, Any], mlflow: Service, folder: Path) -> dict[str, Any]:
+    """The configuration of an application that asks a registry twice a second."""
+    asked = {"registry": mlflow.address, "poll_s": 0.5, "cache": str(folder / "cache")}
+    config["applications"][0]["args"] |= asked
+    return config
+
+
 def test_without_the_registry_what_was_served_last_is_served(
     ray_head: Service,
     app_config: Callable[..., dict[str, Any]],
@@ -154,12 +163,8 @@ def test_without_the_registry_what_was_served_last_is_served(
     tmp_path: Path,
     picture: Callable[..., bytes],
 ) -> None:
-    uri = own_mlflow.address
-    with runs.start(uri, runs.Config(experiment="away"), params={}, tags={}) as run:
-        registry.publish(run, make(tmp_path / "made", 1, picture), "away")
-    registry.promote(uri, "away", "1")
-    config = app_config(name="away", bundle=None)
-    config["applications"][0]["args"] |= {"registry": uri, "poll_s": 0.5, "cache": str(tmp_path / "cache")}
+    publish(own_mlflow.address, "away", [make(tmp_path / "made", 1, picture)])
+    config = following(app_config(name="away", bundle=None), own_mlflow, tmp_path)
     url = deploy(ray_head, config)
     stop(own_mlflow)
     found = wait_for(url, lambda found: "champion" in found["troubles"])
@@ -178,13 +183,8 @@ def test_an_alias_that_flaps_and_a_registry_that_goes_and_comes_cost_no_request(
     picture: Callable[..., bytes],
 ) -> None:
     uri, name = own_mlflow.address, "flapping"
-    with runs.start(uri, runs.Config(experiment=name), params={}, tags={}) as run:
-        for seed in (1, 2):
-            registry.publish(run, make(tmp_path / f"made-{seed}", seed, picture), name)
-    registry.promote(uri, name, "1")
-    config = app_config(name=name, bundle=None, num_cpus=0.25)
-    config["applications"][0]["args"] |= {"registry": uri, "poll_s": 0.5, "cache": str(tmp_path / "cache")}
-    url = deploy(ray_head, config)
+    publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
+    url = deploy(ray_head, following(app_config(name=name, bundle=None, num_cpus=0.25), own_mlflow, tmp_path))
     with Load(f"{url}/predict/{name}", picture(), num_clients=2) as load:
         for turn in range(20):
             registry.promote(uri, name, str(1 + turn % 2))

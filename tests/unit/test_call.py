@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from jobs import call
-from tests.asgi import Client, ranked
+from tests.asgi import Client, on_socket, ranked
 
-START_S = 30.0
 MIB = 2**20
 
 
@@ -26,17 +21,8 @@ def asked() -> Client:
 
 @pytest.fixture(scope="module")
 def url(asked: Client) -> Iterator[str]:
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(asked.app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + START_S
-    while not server.started and time.monotonic() < deadline:
-        thread.join(0.01)
-    assert server.started
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(START_S)
+    with on_socket(asked.app) as url:
+        yield url
 
 
 @pytest.mark.parametrize(
