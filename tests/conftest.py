@@ -68,6 +68,20 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def odd(real_data: Path) -> Path:
+    """The folder of odd images among the real data: of many kinds, some damaged."""
+    if not (real_data / "odd").is_dir():
+        pytest.skip("VENTRAL_DATA has no folder odd/")
+    return real_data / "odd"
+
+
+@pytest.fixture(scope="session")
+def odd_files(odd: Path) -> list[Path]:
+    """Every odd image, and the licences among them, in order."""
+    return sorted(one for one in odd.rglob("*") if one.is_file())
+
+
+@pytest.fixture(scope="session")
 def stripes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy stripes across or down, of several sizes: 40 training and 13 validation pictures, JPEG and PNG."""
     root, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)

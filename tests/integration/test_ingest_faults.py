@@ -30,6 +30,7 @@ from pipeline.data.datasets import image_folder, uri_list
 from pipeline.errors import DataError
 from pipeline.types import Split
 from tests import local_nodes
+from tests.small_disk import enlarge, needs_mounting, small_disk
 
 ROOT = Path(__file__).parents[2]
 COUNTS: dict[Split, int] = {"train": 96, "val": 24}
@@ -37,7 +38,6 @@ CONFIG = ingest.Config(train_short_side=16, rows_per_shard=8, rows_per_group=4)
 NUM_PARTS = 15
 GATES = (5, 50, 77)  # training pictures that lie in three different parts
 PATIENCE_S = 90.0
-CAP_SYS_ADMIN = 1 << 21
 
 
 def wait_for(what: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
@@ -251,27 +251,8 @@ def test_node_that_is_lost_costs_no_image(expected: shards.Shards, tmp_path: Pat
     check_whole(shards.load(destination), expected)
 
 
-@contextmanager
-def small_disk(path: Path, size: str) -> Iterator[None]:
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def can_mount() -> bool:
-    (found,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")]
-    return bool(int(found.split()[1], 16) & CAP_SYS_ADMIN)
-
-
-def enlarge(path: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(path)], check=True)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs rights that this process lacks")
+@needs_mounting
 def test_full_disk_is_one_sentence_and_enlarged_the_job_goes_on(
     ray_head: Service, cluster: None, tmp_path: Path
 ) -> None:

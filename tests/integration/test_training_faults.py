@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,12 @@ from pipeline.training.checkpoint import Config, Store
 from pipeline.training.loop import fit
 from pipeline.training.recipe import Recipe
 from tests.small_detection import SMALL, Annotated, objects, photo, shards_of
+from tests.small_disk import enlarge, needs_mounting, small_disk
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
-CAP_SYS_ADMIN = 1 << 21
 RECIPE: dict[str, Any] = {
     "model": {"name": "lenet5"},
     "loading": {"batch_size": 4, "num_tasks": 0},
@@ -288,21 +287,6 @@ def test_server_that_dies_in_mid_training_misses_nothing(cluster: None, stripes:
         stop(server)
 
 
-@contextmanager
-def small_disk(path: Path, size: str) -> Iterator[None]:
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def can_mount() -> bool:
-    (found,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")]
-    return bool(int(found.split()[1], 16) & CAP_SYS_ADMIN)
-
-
 def alone(source: shards.Shards, store: Store | None) -> dict[str, torch.Tensor]:
     """The weights after three epochs on one process."""
     recipe = validate(Recipe, RECIPE | {"model": {"name": "lenet5", "num_classes": 2}, "epochs": 3})
@@ -312,7 +296,7 @@ def alone(source: shards.Shards, store: Store | None) -> dict[str, torch.Tensor]
     return model.state_dict()
 
 
-@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs rights that this process lacks")
+@needs_mounting
 def test_full_disk_is_one_sentence_and_enlarged_the_run_goes_on(stripes: shards.Shards, tmp_path: Path) -> None:
     expected, disk = alone(stripes, None), tmp_path / "disk"
     with small_disk(disk, "1300k"):  # two checkpoints of 490 kB, and half of a third
@@ -324,6 +308,6 @@ def test_full_disk_is_one_sentence_and_enlarged_the_run_goes_on(stripes: shards.
         assert sorted(path.name for path in Path(store.folder).iterdir()) == [at.name for at in store.positions()]
         for at in store.positions():
             store.load(at, "cpu")
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        enlarge(disk, "16m")
         resumed = alone(stripes, store)
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())

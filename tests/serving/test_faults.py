@@ -24,8 +24,10 @@ from jobs._process import Service, _members, stop
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client
 from pipeline.tracking import registry, runs
+from serve.versions import MEMORY
 from tests.serving.load import Load, until
 from tests.serving.test_aliases import make, wait_for
+from tests.small_disk import needs_mounting, small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -201,6 +203,38 @@ def test_an_alias_that_flaps_and_a_registry_that_goes_and_comes_cost_no_request(
         finally:
             stop(again)
     load.expect_no_failure()
+
+
+@needs_mounting
+def test_a_full_disk_costs_no_request_and_with_room_the_alias_is_followed(
+    ray_head: Service,
+    app_config: Callable[..., dict[str, Any]],
+    own_mlflow: Service,
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+) -> None:
+    uri, name, disk = own_mlflow.address, "full", tmp_path / "disk"
+    publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
+    with small_disk(disk, "2m"):
+        url = deploy(ray_head, following(app_config(name=name, bundle=None, num_cpus=0.25), own_mlflow, disk))
+        filling, was_written = disk / "filling", (disk / "cache" / MEMORY).read_text()
+        with Load(f"{url}/predict/{name}", picture(), num_clients=2) as load:
+            fill(filling)
+            registry.promote(uri, name, "2")
+            found = wait_for(url, lambda found: "champion" in found["troubles"])
+            assert "No space left on device; make room there" in found["troubles"]["champion"]
+            assert (found["version"], (disk / "cache" / MEMORY).read_text()) == ("1", was_written)
+            filling.unlink()
+            until(lambda: load.versions[-1:] == ["2"])
+            assert wait_for(url, lambda found: not found["troubles"])["version"] == "2"
+        load.expect_no_failure()
+
+
+def fill(path: Path) -> None:
+    """Write to a file until its disk is full."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
 
 
 def test_a_client_that_goes_away_is_not_computed_for(

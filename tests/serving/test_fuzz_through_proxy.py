@@ -12,8 +12,9 @@ import select
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -25,11 +26,11 @@ from jobs._deploy import deploy
 from jobs._process import Service, _members
 from tests import mutations, small_detection
 from tests.mutations import Sent
-from tests.unit.test_serve_fuzz import fault_in
+from tests.unit.test_serve_fuzz import ODD, by_kind, fault_in
 
 pytestmark = pytest.mark.long
 MIB = 2**20
-STORM = 10_000
+STORM = DAMAGED = 10_000
 SLOW_BODIES = 100  # fewer than `max_inflight`: as many as that are refused with 429, as any other load is
 POST = b"POST /predict/tiny HTTP/1.1\r\nHost: t\r\n"
 GOOD = POST + b"Content-Length: 3\r\nConnection: close\r\n\r\nabc"  # no picture: 415
@@ -118,7 +119,7 @@ def test_damaged_requests_through_the_proxy_are_answered(
         return seed, exchange(url, wire(mutations.case(seed)))
 
     with ThreadPoolExecutor(8) as clients:
-        every = list(clients.map(one, range(2_000)))
+        every = list(clients.map(one, range(DAMAGED)))
     counted: Counter[tuple[int, str]] = Counter()
     faults = []
     for seed, answers in every:
@@ -133,6 +134,19 @@ def test_damaged_requests_through_the_proxy_are_answered(
                 faults.append((seed, "not ours", status, body[:200]))
     print(dict(sorted(counted.items())), f"{before} MiB before, {memory_mib(ray_head)} MiB after")  # noqa: T201
     assert faults == []
+    assert is_well(url, picture)
+
+
+def test_every_odd_file_through_the_proxy_is_answered_as_without_it(
+    url: str, odd_files: Sequence[Path], picture: Callable[..., bytes]
+) -> None:
+    def one(path: Path) -> tuple[str, int | str]:
+        answer = requests.post(f"{url}/predict/boxes", data=path.read_bytes(), timeout=60)
+        assert fault_in(answer.status_code, dict(answer.headers), answer.content) == "", path
+        return path.suffix[1:], 200 if answer.ok else answer.json()["code"]
+
+    with ThreadPoolExecutor(8) as clients:
+        assert by_kind(clients.map(one, odd_files)) == ODD
     assert is_well(url, picture)
 
 

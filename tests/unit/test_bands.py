@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import subprocess
 import sys
@@ -606,14 +605,6 @@ for path in sorted(pathlib.Path(sys.argv[1]).rglob("*")):
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 print(outcomes[0], outcomes[1], outcomes[2], outcomes[4], grown)
 """
-
-
-@pytest.fixture(scope="module")
-def odd() -> Path:
-    root = os.environ.get("VENTRAL_DATA")
-    if not root or not (Path(root) / "odd").is_dir():
-        pytest.skip("VENTRAL_DATA with a folder odd/ is not set")
-    return Path(root) / "odd"
 
 
 def test_decode_every_odd_file_as_bands_and_mask_is_an_array_or_a_typed_error(odd: Path) -> None:

@@ -518,14 +518,6 @@ def test_encode_wrong_shape_is_a_mistake_of_the_caller(shape: tuple[int, ...]) -
 # The odd files
 
 
-@pytest.fixture(scope="module")
-def odd() -> Path:
-    root = os.environ.get("VENTRAL_DATA")
-    if not root or not (Path(root) / "odd").is_dir():
-        pytest.skip("VENTRAL_DATA with a folder odd/ is not set")
-    return Path(root) / "odd"
-
-
 def files_in(folder: Path, pattern: str = "*") -> Iterator[Path]:
     return (path for path in sorted(folder.rglob(pattern)) if path.is_file())
 
