@@ -52,23 +52,23 @@ def optimize(job: Optimize) -> None:
         if found.chosen.engine == made.card.engine:
             print(f"nothing to write: {made.card.engine} is what it uses already")
             return
-        name = f"{version.name}-{version.version}" if version else Path(job.model).resolve().name
+        name = origin.replace("/", "-") if version else Path(job.model).resolve().name
         written = found.write(job.store / "optimized" / f"{name}-{found.chosen.engine}", origin if version else name)
         print(f"bundle   {written.path}")
         if version is not None:
-            _register(job, uri, version, found, written)
+            ours = registry.published(uri, written, version.name) or _register(job, uri, version, found, written)
+            print(f"model    {ours.name} version {ours.version} (no alias moves)")
+            # Forced, for the gate asks for a gain, and this is to be as good.
+            print(f"promote  python -m jobs.promote model={ours.name} version={ours.version} force=true")
 
 
-def _register(job: Optimize, uri: str, of: Version, found: tuning.Tuning, written: bundle.Bundle) -> None:
+def _register(job: Optimize, uri: str, of: Version, found: tuning.Tuning, written: bundle.Bundle) -> Version:
     manifest = found.source.manifest
     tags = {"dataset_digest": manifest.digest, "optimized_from": f"{of.name}/{of.version}"}
     with runs.start(uri, job.tracking, params=flatten(job), tags=tags) as tracked:
         tracked.log_dataset(manifest.dataset, manifest.digest, found.source.address, job.split)
         tracked.log_text("engines.txt", found.table())
-        made = registry.publish(tracked, written, of.name)
-    print(f"model    {made.name} version {made.version} (no alias)")
-    # Forced, for the gate asks for a gain, and there the same weights are as good.
-    print(f"promote  python -m jobs.promote model={made.name} version={made.version} force=true")
+        return registry.publish(tracked, written, of.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ It holds no model and decodes nothing: its gate knows the versions that are serv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -37,7 +38,8 @@ from serve.schemas import (
 )
 from serve.watching import UNWATCHED, Watch, Watched
 
-PICTURE = "image/png"
+PICTURE, JSON = "image/png", "application/json"
+_WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
 
 
 def application(gate: Gate, watch: Watch = UNWATCHED, ring: Ring | None = None, **options: Any) -> FastAPI:
@@ -115,7 +117,7 @@ class Ingress:
         if wanted.picture:
             return Response(told[0].picture, media_type=PICTURE)
         shown = _shown(found, problems.request_id(request), told, images.is_plain)
-        return Response(shown.model_dump_json(), media_type="application/json")
+        return Response(shown.model_dump_json(), media_type=JSON)
 
     def _state(self, standing: Standing) -> ModelState:
         live = standing.live
@@ -144,9 +146,16 @@ class Ingress:
 
 
 def _accepts_picture(request: Request) -> bool:
-    """Whether a picture is wanted rather than JSON: it is named, and JSON is not."""
-    accepted = [kind.partition(";")[0].strip() for kind in request.headers.get("accept", "").lower().split(",")]
-    return PICTURE in accepted and "application/json" not in accepted
+    """Whether a picture is wanted rather than JSON: named, and JSON is not, or weighs less (RFC 9110, section 12.5)."""
+    weights = dict(map(_weighed, request.headers.get("accept", "").lower().split(",")))
+    return weights.get(PICTURE, 0.0) > weights.get(JSON, 0.0)
+
+
+def _weighed(kind: str) -> tuple[str, float]:
+    """A media type of `Accept` and its weight, 1 where none is said; one that is no number counts as none."""
+    name, *parameters = (part.strip() for part in kind.split(";"))
+    said = next((text.removeprefix("q=") for text in parameters if text.startswith("q=")), "1")
+    return name, float(said) if _WEIGHT.fullmatch(said) else 0.0
 
 
 def _shown(found: Served, request_id: str, told: Sequence[Told], is_plain: bool) -> Answer | Answers:
@@ -176,5 +185,9 @@ def _model_out(model: Served) -> ModelOut:
 
 def _version_out(served: Served) -> VersionOut:
     return VersionOut(
-        **dict(_model_out(served)), task=served.task, num_classes=served.num_classes, run_url=served.run_url
+        **dict(_model_out(served)),
+        task=served.task,
+        num_classes=served.num_classes,
+        engine=served.engine,
+        run_url=served.run_url,
     )

@@ -9,10 +9,11 @@ several models are served the query says which, `?model=<name>`, or SageMaker's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
 
 from serve import bodies, problems
 from serve.gate import Gate, asked_of, told_of, wanted_of
@@ -30,6 +31,14 @@ def install(app: FastAPI, gate: Gate) -> None:
     app.post("/invocations", tags=["MLflow and SageMaker"])(routes.invoke)
 
 
+class Which(BaseModel):
+    """The query of `/invocations`; a model's name may have an alias behind it, as in `digits@champion`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+
+
 class Invocations:
     """The routes."""
 
@@ -41,10 +50,10 @@ class Invocations:
         waiting = await self.gate.waiting_for()
         return Response(status_code=503, headers=problems.RETRY_AFTER) if waiting else Response()
 
-    async def invoke(self, request: Request, model: str | None = None) -> JSONResponse:
+    async def invoke(self, request: Request, asked: Annotated[Which, Query()]) -> JSONResponse:
         """Answer about one image, or about those of MLflow's JSON."""
         gate, key = self.gate, problems.request_id(request)
-        found = self._find(model or request.headers.get(TARGET), key)
+        found = self._find(asked.model or request.headers.get(TARGET), key)
         with gate.room():
             images, params = await self._read(request)
             wanted = wanted_of(found, asked_of(params, "params"), where="params")

@@ -35,6 +35,13 @@ from serve.tensors import Tensor
 HEADER = "Inference-Header-Content-Length"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "statistics")
 INPUT = "image"
+PLATFORMS = {
+    "eager": "pytorch_eager",
+    "compile": "pytorch_compile",
+    "onnxruntime": "onnxruntime_onnx",
+    "openvino": "openvino_onnx",
+}
+"""What the protocol calls a runtime."""
 OUTPUTS: Mapping[str, Mapping[str, tuple[str, list[int]]]] = {
     "classification": {
         "probabilities": ("FP32", [-1, -1]),
@@ -173,7 +180,7 @@ class Oip:
         return {
             "name": found.name,
             "versions": [served.version for served in self.gate.standings[found.name].versions],
-            "platform": "pytorch_eager",
+            "platform": PLATFORMS[found.engine.partition("-")[0]],
             "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
             "outputs": [
                 {"name": name, "datatype": datatype, "shape": shape}

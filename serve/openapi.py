@@ -153,9 +153,9 @@ def examples_of(model: Served) -> dict[str, Example]:
 
 
 def _listed(model: Served) -> dict[str, Any]:
-    named = {"name": model.name, "version": model.version, "alias": model.alias}
-    version = named | {"task": model.task, "num_classes": model.num_classes, "run_url": model.run_url}
-    return named | {"versions": [version], "challenger": None, "troubles": {}}
+    named: dict[str, Any] = {"name": model.name, "version": model.version, "alias": model.alias}
+    also = {"task": model.task, "num_classes": model.num_classes, "engine": model.engine, "run_url": model.run_url}
+    return named | {"versions": [named | also], "challenger": None, "troubles": {}}
 
 
 def _predicted(model: Served) -> Example:

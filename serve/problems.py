@@ -75,7 +75,7 @@ def of_exception(error: Exception) -> Problem:
 
 def late() -> Problem:
     """The refusal of a request whose time is over."""
-    return Problem(504, "timeout", "The model did not answer in time; try again.")
+    return Problem(504, "timeout", "The model did not answer in time; try again.", RETRY_AFTER)
 
 
 def overloaded() -> Problem:

@@ -205,6 +205,7 @@ class Served:
         app: the application of Ray Serve whose replicas hold it; "" before it is loaded.
         sleeps: whether it may have no replica until it is asked.
         run_url: MLflow's page of the run that made it; None for a bundle from a folder, or where MLflow does not tell.
+        engine: that computes it, as `pipeline.inference.engine` names it.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Served:
     app: str = ""
     sleeps: bool = False
     run_url: str | None = None
+    engine: str = "eager-fp32"
 
 
 class Asked(BaseModel):
@@ -296,6 +298,7 @@ class VersionOut(ModelOut):
 
     task: Task
     num_classes: int
+    engine: str
     run_url: str | None
 
 

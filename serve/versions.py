@@ -109,6 +109,7 @@ class Versions:
         if model.bundle is not None:
             return
         try:
+            fetched.remove_abandoned(self._cache, model.name, UNUSED_S)
             known = fetched.versions(self._cache, model.name)
             last = [said["version"] for said in self._read().get(model.name, {}).values()]
         except Exception as error:  # what was served last is not known, so nothing is removed
@@ -227,4 +228,5 @@ def _served(model: ModelArgs, version: str, alias: str | None, found: Bundle, ru
         weights=found.card.weights_sha256[:12],
         sleeps=model.autoscaling.min_replicas == 0,
         run_url=run_url,
+        engine=str(found.card.engine),
     )

@@ -14,7 +14,7 @@ from pipeline.evaluation.detect import Judged
 from pipeline.evaluation.live import Found
 from pipeline.evaluation.report import FIGURES, Report
 from pipeline.evaluation.sightings import Sighting
-from pipeline.tracking.predictions import weights_tag
+from pipeline.tracking.predictions import identity, model_tag
 from pipeline.types import Split
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of it
@@ -109,7 +109,8 @@ class DetectionEvaluation(DetectionReport):
             file = path.with_name(f"{name}-{self.split}.png")
             file.write_bytes(picture)
             run.log_file(file, FIGURES)
-        run.set_tags({weights_tag(self.split): self.provenance["weights_sha256"]})
+        model = identity(self.provenance["weights_sha256"], self.provenance["engine"])
+        run.set_tags({model_tag(self.split): model})
 
     def figures(self) -> dict[str, Figure]:
         """Also precision against recall."""

@@ -13,7 +13,7 @@ from pipeline.config import Strict
 from pipeline.evaluation import figures
 from pipeline.evaluation.classify import Counts
 from pipeline.evaluation.curves import all_precision_recall, mean_average_precision, reliability
-from pipeline.tracking.predictions import Predictions, file_name, views_tag, weights_tag
+from pipeline.tracking.predictions import Predictions, file_name, identity, model_tag, views_tag
 from pipeline.types import Split
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and counting needs none of it
@@ -139,8 +139,8 @@ class Evaluation(ClassificationReport):
     def record(self, run: Run, path: Path) -> None:
         """Also write `predictions-<split>.parquet` and `errors-<split>.png` beside the report, and log both.
 
-        The run is tagged with the weights that were evaluated, so that a comparison finds it by them, and with the
-        views, so that it compares only what was measured alike.
+        The run is tagged with the model that was evaluated, so that a comparison finds it by that, and with the views,
+        so that it compares only what was measured alike.
         """
         super().record(run, path)
         table = path.with_name(file_name(self.split))
@@ -151,7 +151,8 @@ class Evaluation(ClassificationReport):
             picture.write_bytes(self.errors)
             run.log_file(picture, FIGURES)
         origin = self.predictions.origin
-        run.set_tags({weights_tag(self.split): origin.weights_sha256, views_tag(self.split): origin.views})
+        model = identity(origin.weights_sha256, origin.engine)
+        run.set_tags({model_tag(self.split): model, views_tag(self.split): origin.views})
 
     def figures(self) -> dict[str, Figure]:
         """Also precision against recall, calibration, and the first filters."""

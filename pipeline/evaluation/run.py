@@ -174,6 +174,7 @@ class _Work:
             weights_sha256=self.model.card.weights_sha256,
             classes=self.model.card.classes,
             views=self.views,
+            engine=str(self.model.card.engine),
         )
 
     @property

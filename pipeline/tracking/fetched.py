@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.inference import bundle
 
 RECEIPTS = ".fetched"
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def partial(folder: Path, name: str, version: str) -> Iterator[Path]:
+    """A new folder beside the copies of a model, for one to be downloaded into; it goes with what is left in it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{version}{_PARTIAL}", dir=folder / name) as made:
+        yield Path(made)
 
 
 def note(folder: Path, name: str, version: str, digest: str) -> None:
@@ -63,6 +78,18 @@ def remove_unused(folder: Path, name: str, version: str, unused_s: float) -> boo
         shutil.rmtree(aside)
     receipt.unlink()
     return is_ours
+
+
+def remove_abandoned(folder: Path, name: str, abandoned_s: float) -> None:
+    """Remove what downloads of a model have left that were killed, and that nobody has written to in so long.
+
+    Raises:
+        OSError: it cannot be removed; it goes at the next call.
+    """
+    for left in (folder / name).glob(f".*{_PARTIAL}*"):
+        newest_s = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+        if time.time() - newest_s >= abandoned_s:
+            shutil.rmtree(left)
 
 
 def _receipt(folder: Path, name: str, version: str) -> Path:

@@ -20,7 +20,7 @@ from pipeline.tracking.comparison import evidence, groups
 from pipeline.tracking.comparison.evidence import Metric, Trial
 from pipeline.tracking.comparison.groups import Group
 from pipeline.tracking.comparison.verdict import ALPHA, NAMES, Contrast, contrast, percent, points, probability
-from pipeline.tracking.predictions import weights_tag
+from pipeline.tracking.predictions import model_tag
 from pipeline.tracking.registry import Version
 from pipeline.types import Split
 
@@ -132,8 +132,8 @@ def _figures(found: Contrast, gate: Gate, ours: Trial, seeds: tuple[list[float],
 
 
 def _image_by_image(version: Version, trials: Sequence[Trial], split: Split) -> list[Trial]:
-    """The runs that evaluated just these weights and kept what was said of every image, newest first."""
-    return [trial for trial in trials if trial.tags.get(weights_tag(split)) == version.weights_sha256]
+    """The runs that evaluated just this model and kept what was said of every image, newest first."""
+    return [trial for trial in trials if trial.tags.get(model_tag(split)) == version.identity]
 
 
 def _no_pair(versions: tuple[Version, Version], said: Sequence[Sequence[Trial]], split: Split) -> str:

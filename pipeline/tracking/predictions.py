@@ -36,6 +36,8 @@ SCHEMA = pa.schema(
     ]
 )
 _ORIGIN = b"ventral.origin"
+PLAIN = "eager-fp32"
+"""The engine of models that are computed as they were trained; see `pipeline.inference.engine`."""
 
 
 class Origin(Strict):
@@ -45,6 +47,7 @@ class Origin(Strict):
         classes: class names; a label is an index into them.
         dataset_digest: of the manifest that the images were read by.
         views: of each image, whose scores were averaged.
+        engine: that computed the model.
     """
 
     split: Split
@@ -53,6 +56,7 @@ class Origin(Strict):
     weights_sha256: str
     classes: tuple[str, ...]
     views: Views = "centre"
+    engine: str = PLAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +180,14 @@ def file_name(split: Split) -> str:
     return f"predictions-{split}.parquet"
 
 
-def weights_tag(split: Split) -> str:
-    """The tag of a run that says which weights (their sha256) it has predictions of."""
+def model_tag(split: Split) -> str:
+    """The tag of a run that says which model it has predictions of, by its `identity`."""
     return f"evaluated.{split}"
+
+
+def identity(weights_sha256: str, engine: str) -> str:
+    """What tells models apart by their answers: the weights and, where it is not the plain one, the engine."""
+    return weights_sha256 if engine == PLAIN or not weights_sha256 else f"{weights_sha256} on {engine}"
 
 
 def views_tag(split: Split) -> str:

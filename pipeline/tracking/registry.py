@@ -40,6 +40,7 @@ from pipeline.inference import bundle, engine
 from pipeline.inference.bundle import Bundle
 from pipeline.tracking import connection, fetched, journal, runs
 from pipeline.tracking.delivery import DIGEST_CHARS
+from pipeline.tracking.predictions import PLAIN, identity
 from pipeline.tracking.runs import Run
 from pipeline.types import Task
 
@@ -97,7 +98,8 @@ class Version:
         source: where MLflow keeps it, for people.
         digest: sha256 over the bundle's files, as registered.
         aliases: those that pointed to it when it was asked for, sorted.
-        weights_sha256: checksum of its weights, which evaluations name; "" where it was not registered by this project.
+        weights_sha256: checksum of its weights; "" where it was not registered by this project.
+        engine: that computes it.
     """
 
     name: str
@@ -107,6 +109,12 @@ class Version:
     digest: str
     aliases: tuple[str, ...] = ()
     weights_sha256: str = ""
+    engine: str = PLAIN
+
+    @property
+    def identity(self) -> str:
+        """By which evaluations name it; "" where it was not registered by this project."""
+        return identity(self.weights_sha256, self.engine)
 
 
 def publish(run: Run, made: Bundle, name: str) -> Version:
@@ -125,7 +133,12 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name '{name}': expected letters, digits, '.', '_' or '-', beginning with the former")
     connection.check(run.uri)
-    tags = {**made.card.provenance, "weights_sha256": made.card.weights_sha256, DIGEST_TAG: bundle.digest(made.path)}
+    tags = {
+        **made.card.provenance,
+        "weights_sha256": made.card.weights_sha256,
+        "engine": str(made.card.engine),
+        DIGEST_TAG: bundle.digest(made.path),
+    }
     with connection.answers(run.uri) as client:
         logged = client.create_logged_model(run.experiment_id, name, run.id, tags, model_type=made.card.task)
         try:
@@ -143,16 +156,21 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
         )
 
 
-def published(run: Run, made: Bundle, name: str) -> Version | None:
-    """The version of `name` as which a run has registered just these weights, if it has.
+def published(uri: str, made: Bundle, name: str, run_id: str | None = None) -> Version | None:
+    """The version of `name` that has just these weights and engine, if there is one; of several the newest.
+
+    Args:
+        run_id: of the run that must have registered it.
 
     Raises:
         TrackingError: the server does not answer.
     """
-    connection.check(run.uri)
-    with connection.answers(run.uri) as client:
-        found = map(_version, client.search_model_versions(f"name = '{name}' and run_id = '{run.id}'"))
-        return next((version for version in found if version.weights_sha256 == made.card.weights_sha256), None)
+    connection.check(uri)
+    wanted = f"name = '{name}'" + (f" and run_id = '{run_id}'" if run_id else "")
+    model = identity(made.card.weights_sha256, str(made.card.engine))
+    with connection.answers(uri) as client:
+        found = map(_version, client.search_model_versions(wanted, order_by=["version_number DESC"]))
+        return next((version for version in found if version.identity == model), None)
 
 
 def promote(uri: str, name: str, version: str, alias: str = CHAMPION, reason: str = NO_GATE) -> Version:
@@ -235,9 +253,8 @@ def fetch(uri: str, version: Version, destination: Path) -> Bundle:
         return bundle.load(path)
     connection.check(uri)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as partial:
-            downloaded = _download(uri, version, Path(partial))
+        with fetched.partial(destination, version.name, version.version) as partial:
+            downloaded = _download(uri, version, partial)
             fetched.note(destination, version.name, version.version, version.digest)
             _replace(path, downloaded, version.digest)
     except OSError as error:
@@ -347,6 +364,7 @@ def _version(found: Any) -> Version:
         digest=tags.get(DIGEST_TAG, ""),
         aliases=aliases,
         weights_sha256=tags.get("weights_sha256", ""),
+        engine=tags.get("engine", PLAIN),
     )
 
 

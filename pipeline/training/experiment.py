@@ -260,7 +260,8 @@ def register(run: runs.Run, made: Bundle, registration: Registration | None) -> 
     if registration is None:
         return None
     connection.wait(run.uri, REGISTRY_WAIT_S)  # unlike figures, a model goes straight to the server
-    version = registry.published(run, made, registration.model) or registry.publish(run, made, registration.model)
+    name = registration.model
+    version = registry.published(run.uri, made, name, run.id) or registry.publish(run, made, name)
     if registration.alias is None:
         return version
     reason = f"registered by run {run.id}, {registry.NO_GATE}"

@@ -35,7 +35,7 @@ export function hasKey() {
   return key !== "";
 }
 
-/** What is served: [{name, version, alias, task, num_classes, run_url}]. */
+/** What is served: [{name, version, alias, task, num_classes, engine, run_url}]. */
 export async function models(signal) {
   const { models } = await ask("models", { method: "GET", signal });
   return models.flatMap((model) => model.versions);

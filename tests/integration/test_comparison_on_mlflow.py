@@ -22,7 +22,7 @@ from pipeline.evaluation.report import ClassificationReport, Evaluation, evidenc
 from pipeline.tracking import compare as comparison
 from pipeline.tracking import gate, registry, runs
 from pipeline.tracking.gate import Gate
-from pipeline.tracking.predictions import Origin, Predictions, merge
+from pipeline.tracking.predictions import PLAIN, Origin, Predictions, merge
 from pipeline.types import Views
 
 EXPERIMENT = "zoo of nets"
@@ -39,7 +39,12 @@ class Zoo:
 
 
 def evaluation(
-    source: shards.Shards, wrong: Sequence[int], weights: str, digest: str = "", views: Views = "centre"
+    source: shards.Shards,
+    wrong: Sequence[int],
+    weights: str,
+    digest: str = "",
+    views: Views = "centre",
+    engine: str = PLAIN,
 ) -> Evaluation:
     """What an evaluation of 13 real pictures would have found, repeated 30 times under other names."""
     rows = shards.read(source.path / source.manifest.of("val")[0].name, [0, 1], ["image_id", "label"])
@@ -55,6 +60,7 @@ def evaluation(
         weights_sha256=weights,
         classes=source.manifest.classes,
         views=views,
+        engine=engine,
     )
     said = merge([Predictions.of(origin, ids, labels, scores)])
     counts = Counts.of(scores, labels, 10.0 + len(list(wrong)))
@@ -73,6 +79,8 @@ def leave_a_run(
     wrong: Sequence[int],
     digest: str = "",
     views: Views = "centre",
+    *,
+    engine: str = PLAIN,
 ) -> str:
     params = {"recipe.model.activation": recipe, "recipe.seed": str(seed), "cluster.num_workers": "2"}
     tags = {"dataset_digest": digest or source.manifest.digest}
@@ -82,7 +90,7 @@ def leave_a_run(
         for epoch in range(1, 4):
             values = {"train/loss": 1 / epoch, "val/top1": 1 - len(wrong) / 390 / epoch, "images_per_s": 100.0 * epoch}
             run.log_metrics(values | {"epoch_s": 3600.0 * epoch}, step=epoch)
-        evaluation(source, wrong, f"weights of {recipe} {seed}", digest, views).record(
+        evaluation(source, wrong, f"weights of {recipe} {seed}", digest, views, engine).record(
             run, folder / f"{recipe}{seed}.json"
         )
     return run.id
@@ -296,3 +304,21 @@ def test_gate_of_versions_on_different_data_or_views_or_without_evidence_does_no
         assert "was never evaluated image by image on 'test'" in found.reason
     finally:
         zoo.client.delete_run(elsewhere)
+
+
+def test_gate_takes_no_evaluation_of_the_same_weights_on_another_engine(
+    zoo: Zoo, stripes: shards.Shards, tmp_path: Path
+) -> None:
+    left = [leave_a_run(zoo.uri, stripes, tmp_path, "gelu", 0, range(1))]
+    try:
+        tags = {"weights_sha256": "weights of gelu 0", "engine": "openvino-bf16"}
+        made = zoo.client.create_model_version(MODEL, f"runs:/{left[0]}/model", left[0], tags, await_creation_for=0)
+        quick, holder = (registry.resolve(zoo.uri, f"{MODEL}/{number}") for number in (made.version, 1))
+        found = gate.decide(zoo.uri, quick, holder, Gate())
+        assert f"{MODEL}/{made.version} was never evaluated image by image on 'val'" in found.reason
+        left.append(leave_a_run(zoo.uri, stripes, tmp_path, "gelu", 0, range(2), engine="openvino-bf16"))
+        found = gate.decide(zoo.uri, quick, holder, Gate())
+        assert "top-1 on val is 99.49 % against" in found.reason  # two of 390 images are wrong, not one
+    finally:
+        for run_id in left:
+            zoo.client.delete_run(run_id)

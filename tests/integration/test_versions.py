@@ -50,7 +50,7 @@ def test_settle_all_of_an_alias_settles_its_version_until_it_is_asked_again(
         registry.promote(uri, "reconciled", version.version)
         (served,) = versions.settle_all(wanted)
         assert (served.name, served.version, served.alias) == ("reconciled", version.version, "champion")
-        assert (served.num_classes, served.run_url) == (3, run.url)
+        assert (served.num_classes, served.engine, served.run_url) == (3, "eager-fp32", run.url)
         assert bundle.load(served.bundle).card == bundle.load(tmp_path / str(seed)).card
         assert served.bundle.is_relative_to(tmp_path / "cache")
 
@@ -167,6 +167,8 @@ def test_bundles_that_nobody_needs_are_removed_and_what_was_served_last_is_not(t
     (tmp_path / "kept" / "7" / "model.json").write_text("somebody's own")
     following.versions.tidy(following.model, {"2"})
     assert following.copies == ["1", "2", "3", "7"]  # asked for only just now
+    (tmp_path / "kept" / ".2.partial-abc").mkdir()  # of a download that was killed
+    os.utime(tmp_path / "kept" / ".2.partial-abc", (0, 0))
     following.age()
     following.versions.tidy(following.model, {"3"})
     assert following.copies == ["2", "3", "7"]  # 2 was served last, 3 is needed

@@ -195,7 +195,8 @@ def test_health_readiness_and_models_answer(url: str, tiny: Bundle) -> None:
     (model,) = listed["models"]
     version = tiny.card.weights_sha256[:12]
     told = {"name": "tiny", "version": version, "alias": None}
-    assert model["versions"] == [told | {"task": "classification", "num_classes": 10, "run_url": None}]
+    also = {"task": "classification", "num_classes": 10, "engine": "eager-fp32", "run_url": None}
+    assert model["versions"] == [told | also]
     assert {key: model[key] for key in told} == told
     assert (model["troubles"], model["challenger"]) == ({}, None)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,16 @@ from pipeline.inference import bundle
 from pipeline.tracking import fetched
 
 DAY_S = 86400.0
+ROOT = Path(__file__).parents[2]
+DOWNLOAD = """
+import sys, time
+from pathlib import Path
+from pipeline.tracking import fetched
+with fetched.partial(Path(sys.argv[1]), "digits", "2") as folder:
+    (folder / "weights").write_text("half of it")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
 
 
 def copy_of(folder: Path, version: str, age_s: float = 2 * DAY_S) -> Path:
@@ -73,3 +85,32 @@ def test_what_was_removed_in_part_goes_at_the_next_call(tmp_path: Path) -> None:
     assert not fetched.remove_unused(tmp_path, "digits", "1", DAY_S)
     assert list((tmp_path / "digits").iterdir()) == []
     assert fetched.versions(tmp_path, "digits") == []
+
+
+def test_what_a_killed_download_has_left_is_removed_once_nobody_writes_to_it(tmp_path: Path) -> None:
+    download = subprocess.Popen(
+        [sys.executable, "-c", DOWNLOAD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert download.stdout
+    left = Path(download.stdout.readline().strip())
+    download.kill()
+    download.communicate()
+    assert (left / "weights").is_file()
+    copy = copy_of(tmp_path, "1")
+    fetched.remove_abandoned(tmp_path, "digits", DAY_S)
+    assert left.exists()
+    then_s = time.time() - 2 * DAY_S
+    os.utime(left, (then_s, then_s))
+    fetched.remove_abandoned(tmp_path, "digits", DAY_S)  # a file in it is new: it is being written to
+    assert left.exists()
+    os.utime(left / "weights", (then_s, then_s))
+    fetched.remove_abandoned(tmp_path, "digits", DAY_S)
+    assert sorted((tmp_path / "digits").iterdir()) == [copy]
+
+
+def test_a_folder_for_a_download_goes_with_what_is_left_in_it(tmp_path: Path) -> None:
+    with fetched.partial(tmp_path, "digits", "3") as folder:
+        (folder / "weights").write_text("half of it")
+        (folder / "bundle").mkdir()
+        (folder / "bundle").rename(tmp_path / "digits" / "3")
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["3"]

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
+from pipeline.inference import engine
+from pipeline.tracking import predictions
 from pipeline.tracking.predictions import SCHEMA, TOP_K, Origin, Predictions, merge, read
 
 
@@ -85,3 +87,10 @@ def test_read_of_something_else_is_one_sentence(tmp_path: Path) -> None:
     for name in ("other", "text", "none"):
         with pytest.raises(DataError, match=rf"{name}.parquet: expected a table of predictions"):
             read(tmp_path / f"{name}.parquet")
+
+
+def test_identity_tells_engines_apart_and_leaves_the_plain_one_unsaid() -> None:
+    assert str(engine.PLAIN) == predictions.PLAIN
+    assert predictions.identity("abc", predictions.PLAIN) == "abc"
+    assert predictions.identity("abc", "openvino-bf16") == "abc on openvino-bf16"
+    assert predictions.identity("", "openvino-bf16") == ""

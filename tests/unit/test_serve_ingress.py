@@ -58,7 +58,7 @@ def test_predict_without_top_k_asks_for_five_or_all_classes() -> None:
         (Refused("pixels", "no"), 422, "image_pixels", None),
         (BackPressureError(9, 8), 429, "overloaded", "1"),
         (ValueError("secret /srv/path"), 500, "internal", None),
-        (TimeoutError(), 504, "timeout", None),
+        (TimeoutError(), 504, "timeout", "1"),
     ],
 )
 def test_predict_that_a_model_does_not_answer_becomes_a_problem(
@@ -260,9 +260,22 @@ def test_query_that_a_model_has_no_use_for_is_refused(path: str, words: str) -> 
     assert words in body["error"]
 
 
-def test_picture_is_answered_where_it_alone_is_accepted() -> None:
+ACCEPTED = {
+    "image/png": True,
+    "image/png;q=1, */*": True,
+    "image/png, application/json": False,
+    "image/png, application/json; q=0.9": True,
+    "IMAGE/PNG;Q=0.2,application/json;charset=utf-8;q=0.3": False,
+    "image/png;q=0": False,
+    "image/png;q=much, */*": False,
+    "image/*": False,
+    "": False,
+}
+
+
+def test_picture_is_answered_where_it_is_wanted_more_than_json() -> None:
     client = Client(dataclasses.replace(ranked(0), boxes=(), picture=b"PNG"))
-    for accept, wanted in (("image/png", True), ("image/png;q=1, */*", True), ("image/png, application/json", False)):
+    for accept, wanted in ACCEPTED.items():
         status, body, headers = asyncio.run(client.post("/predict/boxes", [b"x"], headers={"accept": accept}))
         assert (status, client.models.asked[-1][2].picture) == (200, wanted)
         assert (headers["content-type"] == "image/png") == wanted == (body == b"PNG")

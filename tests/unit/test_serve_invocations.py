@@ -96,3 +96,9 @@ def test_ping_says_whether_every_model_is_loaded(answer: Any, status: int) -> No
     client = Client(answer)
     found, body, _ = asyncio.run(client.send("GET", "/ping", Client._body([b""], 0.0), {}))
     assert (found, body) == (status, b"")
+
+
+def test_a_key_of_the_query_that_is_unknown_is_refused() -> None:
+    status, body, _ = post(Client(ranked(1)), {"inputs": [A]}, "/invocations?modle=digits")
+    assert (status, body["code"]) == (422, "query")
+    assert "modle" in body["error"]

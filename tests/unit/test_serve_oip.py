@@ -6,7 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import imaging
-from serve.oip import HEADER
+from pipeline.inference.engine import Runtime
+from serve.oip import HEADER, PLATFORMS
 from serve.roster import Standing
 from serve.schemas import Served, Told, Wanted
 from tests.asgi import SERVED, Client, ranked
@@ -270,3 +271,10 @@ def test_model_that_is_not_loaded_is_not_ready() -> None:
     status, body, _ = asyncio.run(client.post("/v2/repository/index", [b""]))
     assert status == 200
     assert {one["name"]: one["state"] for one in body}["flowers"] == "UNAVAILABLE"
+
+
+def test_metadata_names_the_runtime_that_computes_a_model() -> None:
+    assert set(PLATFORMS) == set(get_args(Runtime))
+    quick = dataclasses.replace(SERVED[0], engine="openvino-bf16")
+    for served, platform in ((SERVED[0], "pytorch_eager"), (quick, "openvino_onnx")):
+        assert get(Client(ranked(1), served=(served,)), "/v2/models/digits")[1]["platform"] == platform

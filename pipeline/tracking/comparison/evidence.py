@@ -110,14 +110,14 @@ def gather(uri: str, references: Sequence[str], split: Split) -> list[Trial]:
 
 
 def of_version(uri: str, version: registry.Version, split: Split) -> list[Trial]:
-    """The runs that speak of a registered version, newest first: those that evaluated its weights, and its own.
+    """The runs that speak of a registered version, newest first: those that evaluated it, and its own.
 
     Predictions are not fetched yet.
     """
     with connection.answers(uri) as client:
         found = []
-        if version.weights_sha256:
-            tag = f"tags.`{predictions.weights_tag(split)}` = '{version.weights_sha256}'"
+        if version.identity:
+            tag = f"tags.`{predictions.model_tag(split)}` = '{version.identity}'"
             found = _search(client, [each.experiment_id for each in _experiments(client)], tag)
         if version.run_id and version.run_id not in {run.info.run_id for run in found}:
             found.append(client.get_run(version.run_id))
@@ -170,8 +170,8 @@ def _of_model(uri: str, reference: str, split: Split) -> Trial:
     """The run that trained a version, if it was evaluated too (it knows parameters and curves); else the newest."""
     version = registry.resolve(uri, reference)
     trials = of_version(uri, version, split)
-    tag, metric = predictions.weights_tag(split), f"final/{split}/top1"
-    told = [trial for trial in trials if trial.tags.get(tag) == version.weights_sha256 or metric in trial.metrics]
+    tag, metric = predictions.model_tag(split), f"final/{split}/top1"
+    told = [trial for trial in trials if trial.tags.get(tag) == version.identity or metric in trial.metrics]
     if not told:
         raise TrackingError(
             f"{version.name}/{version.version} was never evaluated on '{split}'; run python -m jobs.evaluate "
