@@ -205,6 +205,28 @@ def test_an_alias_that_flaps_and_a_registry_that_goes_and_comes_cost_no_request(
     load.expect_no_failure()
 
 
+def test_a_challenger_that_is_killed_costs_no_request_and_is_asked_again(
+    ray_head: Service,
+    app_config: Callable[..., dict[str, Any]],
+    own_mlflow: Service,
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+) -> None:
+    uri, name = own_mlflow.address, "rivals"
+    publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
+    registry.promote(uri, name, "2", "challenger")
+    rivals = app_config(name=name, bundle=None, num_cpus=0.25, challenger={"share": 0.5, "shadow": 1.0})
+    url = deploy(ray_head, following(rivals, own_mlflow, tmp_path))
+    wait_for(url, lambda found: found["challenger"] is not None)
+    with Load(f"{url}/predict/{name}", picture(), num_clients=4) as load:
+        until(lambda: {"1", "2"} <= set(load.versions))
+        process(ray_head, f"ventral+{name}+2").kill()
+        seen = len(load.versions)
+        until(lambda: len(load.versions) > seen + 50 and "2" in load.versions[seen + 20 :])
+    load.expect_no_failure()
+    assert max(load.seconds) < LATEST_S
+
+
 @needs_mounting
 def test_a_full_disk_costs_no_request_and_with_room_the_alias_is_followed(
     ray_head: Service,
