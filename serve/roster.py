@@ -25,7 +25,7 @@ class Standing:
         share: of requests that the challenger answers, 0 to 1.
         shadow: of the live version's requests that the challenger is asked too, 0 to 1.
         also: further aliases that mean the live version now.
-        troubles: by alias, why what it points to is not served; see also `serve.reconciler.UNWRITTEN`.
+        troubles: by alias, why what it points to is not served; see also `serve.follower.UNWRITTEN`.
     """
 
     name: str

@@ -52,7 +52,7 @@ class _Condition:
 
 
 class RayStage:
-    """Ray Serve as `serve.reconciler.Stage`.
+    """Ray Serve as `serve.follower.Stage`.
 
     One thread asks Ray Serve, for every model: each configuration that Ray makes, also to tell how it is, changes for
     a while how modules are pickled in the whole process, and two at a time undo each other's change.

@@ -24,8 +24,8 @@ from pipeline.errors import BundleError, ConfigError, TrackingError
 from pipeline.inference import bundle
 from pipeline.tracking import fetched, registry, runs
 from serve import versions
+from serve.follower import Follower
 from serve.pauses import FIRST_PAUSE_S
-from serve.reconciler import Follower
 from serve.schemas import AppArgs, ModelArgs, Served
 
 

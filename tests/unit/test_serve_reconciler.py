@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BundleError, ModelError, TrackingError
+from serve.follower import TIDY_S, TURN_S, Follower
 from serve.pauses import FIRST_PAUSE_S, LONGEST_PAUSE_S
-from serve.reconciler import TIDY_S, TURN_S, Follower, Reconciler
+from serve.reconciler import Reconciler
 from serve.schemas import ModelArgs, Served
 
 
