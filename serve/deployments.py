@@ -25,6 +25,7 @@ from pipeline.inference import bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.models._detector import Detector, Selection
 from pipeline.types import Answer, Classification, Detections, Sample
+from serve import throttle
 from serve.batching import Batcher
 from serve.metrics import Load, RayMeter
 from serve.process import load_no_code
@@ -72,6 +73,7 @@ class Replica:
         self.load = Load(RayMeter(), served)
         for size in (1, args.batch.max_size):  # so that the first request waits for nothing
             self.engine.submit(self.predictor.warm_up, size).result()
+        throttle.release()  # it may have been restrained so far, see `serve.stage`
 
     async def __call__(self, request: Request) -> Response:
         """Refuse HTTP: a replica may have a port of its own, which is nobody's business."""

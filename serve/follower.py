@@ -205,15 +205,20 @@ class Follower:
     async def _follow_last(self, alias: str) -> Served | None:
         last: Served | None = None
         try:
-            last = await asyncio.to_thread(self._aliases.last, self.model, alias)
+            last = await asyncio.to_thread(self._aliases.last, self._now, alias)
             if last and not self._refused.holds(_key(last, is_proven=True)):
                 return await self._take(last, is_proven=True)
         except Exception as error:
             _log.warning("%s@%s: what was served last cannot be either: %s", self.model.name, alias, error)
         return None
 
+    @property
+    def _now(self) -> ModelArgs:
+        """The model's arguments; while there is nobody to disturb a version is loaded as quickly as it can be."""
+        return self.model if self.standing.live else self.model.model_copy(update={"load_share": 1.0})
+
     async def _own(self) -> Served:
-        return await asyncio.to_thread(self._aliases.settle, self.model, self.model.alias)
+        return await asyncio.to_thread(self._aliases.settle, self._now, self.model.alias)
 
     async def _rival(self) -> Served | None:
         assert self.model.challenger is not None
@@ -243,7 +248,7 @@ class Follower:
         self._loading.append(place)
         try:
             found = await self._stage.find(wanted, self.model)
-            loaded = found or await self._stage.load(wanted, self.model)
+            loaded = found or await self._stage.load(wanted, self._now)
             self._gone_s.pop(loaded.app, None)
             if not is_proven:
                 await self._rehearse(loaded, is_new=found is None)

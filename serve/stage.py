@@ -26,11 +26,14 @@ from ray.serve.schema import ApplicationStatus
 
 from pipeline.errors import ClusterError, ModelError, last_raised
 from pipeline.inference import golden
+from serve import throttle
 from serve.deployments import Replica
 from serve.schemas import Autoscaling, ModelArgs, Refused, Served, Wanted
 
 START_ATTEMPTS = 3
 """Of a replica, before its deployment has failed; 20 by default."""
+STARTING_S = 60.0
+"""A replica that starts so soon after its version was asked for keeps to `load_share`; a later one is needed now."""
 POLL_S = 0.25
 QUIET = {"enable_access_log": False}
 """Ray's own line about each request costs as much as counting it; `log_requests` has a better one."""
@@ -66,7 +69,7 @@ class RayStage:
 
     def place(self, served: Served, model: ModelArgs) -> str:
         """The place of a version: another one where replicas would be others."""
-        args = model.model_dump_json(exclude={"alias", "challenger", "load_s", "keep_s"})
+        args = model.model_dump_json(exclude={"alias", "challenger", "load_s", "load_share", "keep_s"})
         code = f"{metadata.version('ventral')} {ray.get_runtime_context().get_runtime_env_string()}"
         told = f"{served.weights} {served.bundle} {args} {self._answer_s} {code}"
         return f"{self._application}+{served.name}+{served.version}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
@@ -161,9 +164,12 @@ class RayStage:
 
 def bound(served: Served, args: ModelArgs, answer_s: float) -> ray.serve.Application:
     """One version as a graph of one deployment, whose replicas end what they have begun within `answer_s`."""
+    actor: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    if args.load_share < 1:
+        actor["runtime_env"] = {"py_executable": throttle.python(args.load_share, time.time() + STARTING_S)}
     deployment = ray.serve.deployment(
         name=args.name,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options=actor,
         autoscaling_config=_autoscaling(args.autoscaling, args.batch.max_size),
         max_ongoing_requests=4 * args.batch.max_size,  # one batch computed, one waiting, two being decoded
         max_queued_requests=args.max_queued,

@@ -24,6 +24,7 @@ from pipeline.inference import bundle
 from pipeline.inference.bundle import Bundle
 from serve.pauses import Pauses
 from serve.schemas import AppArgs, ModelArgs, Served
+from serve.throttle import throttled
 
 REGISTRY = "MLFLOW_TRACKING_URI"
 MEMORY = "served.json"
@@ -169,16 +170,17 @@ class Versions:
         with self._lock:
             checked = self._checked.get(version)
             fetched.use(self._cache, version.name, version.version)
-        return _served(model, version.version, alias, *(checked or self._fetch(version)))
+        return _served(model, version.version, alias, *(checked or self._fetch(version, model.load_share)))
 
-    def _fetch(self, version: Any) -> tuple[Bundle, str | None]:
+    def _fetch(self, version: Any, share: float) -> tuple[Bundle, str | None]:
         """A version's bundle and link. Weights are hundreds of megabytes: looking at them once is enough."""
         from pipeline.tracking import registry  # noqa: PLC0415
 
         if self._pauses.holds(version):
             raise BundleError(self._unfetched[version])
         try:
-            found = registry.fetch(self._uri or "", version, self._cache)
+            with throttled(share):
+                found = registry.fetch(self._uri or "", version, self._cache)
         except BundleError as error:
             self._pauses.note(version)
             self._unfetched[version] = str(error)

@@ -24,8 +24,8 @@ from pipeline.tracking import registry, runs
 
 pytestmark = pytest.mark.long
 
-NAME = "swapped"
-BLOCK_S, SWAPS = 20.0, 3
+BLOCK_S, SWAPS = 20.0, 2
+BATCH = {"max_size": 16, "wait_ms": 1.0}
 CLASSES = tuple(f"class {label}" for label in range(1000))
 
 
@@ -75,22 +75,24 @@ def p99_ms(seconds: list[float]) -> float:
     return 1000 * statistics.quantiles(seconds, n=100)[98]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.1])
 def test_swaps_under_half_the_capacity_fail_no_request(
+    share: float,
     ray_head: Service,
     mlflow_server: Service,
     app_config: Callable[..., dict[str, Any]],
     picture: Callable[..., bytes],
     tmp_path: Path,
 ) -> None:
-    uri, image = mlflow_server.address, picture(1, hw=(375, 500))
-    with runs.start(uri, runs.Config(experiment=NAME), params={}, tags={}) as run:
+    uri, image, name = mlflow_server.address, picture(1, hw=(375, 500)), f"swapped-{share:g}"
+    with runs.start(uri, runs.Config(experiment=name), params={}, tags={}) as run:
         for seed in range(1, SWAPS + 2):
-            registry.publish(run, alexnet(tmp_path / str(seed), seed, image), NAME)
-    registry.promote(uri, NAME, "1")
-    config = app_config(name=NAME, bundle=None, num_cpus=1, keep_s=0.0, batch={"max_size": 16, "wait_ms": 1.0})
+            registry.publish(run, alexnet(tmp_path / str(seed), seed, image), name)
+    registry.promote(uri, name, "1")
+    config = app_config(name=name, bundle=None, num_cpus=1, keep_s=0.0, load_share=share, batch=BATCH)
     config["applications"][0]["args"] |= {"registry": uri, "poll_s": 0.5, "cache": str(tmp_path / "cache")}
     endpoint = deploy(ray_head, config)
-    url = f"{endpoint}/predict/{NAME}"
+    url = f"{endpoint}/predict/{name}"
 
     def served() -> str:
         return str(httpx.get(f"{endpoint}/models", timeout=60).json()["models"][0]["version"])
@@ -99,9 +101,10 @@ def test_swaps_under_half_the_capacity_fail_no_request(
         most = await capacity(url, image)
         ends_s = time.monotonic() + BLOCK_S
         calm, statuses = await open_loop(url, image, most / 2, lambda: time.monotonic() > ends_s)
-        print(f"capacity {most:.1f} requests/s; at half of it p99 {p99_ms(calm):.1f} ms of {len(calm)}")  # noqa: T201
+        at_half = f"at half of it p99 {p99_ms(calm):.1f} ms of {len(calm)}"
+        print(f"load_share {share:g}: capacity {most:.1f} requests/s; {at_half}")  # noqa: T201
         for number in range(2, SWAPS + 2):
-            await asyncio.to_thread(registry.promote, uri, NAME, str(number))
+            await asyncio.to_thread(registry.promote, uri, name, str(number))
             looked_s = began_s = time.monotonic()
             swapped_s = 0.0
 

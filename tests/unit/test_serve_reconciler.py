@@ -31,8 +31,10 @@ class Registry:
         self.remembered: list[str] = []
         self.is_full = False
         self.needed: list[set[str]] = []
+        self.shares: list[float] = []
 
     def settle(self, model: ModelArgs, alias: str) -> Served:
+        self.shares.append(model.load_share)
         found = self.points[alias]
         if isinstance(found, Exception):
             raise found
@@ -64,6 +66,7 @@ class Loading:
         self.answers_wrongly: dict[str, Exception] = {}
         self.slow: set[str] = set()
         self.during: Any = None
+        self.shares: list[float] = []
 
     def place(self, served: Served, model: ModelArgs) -> str:
         return f"app-{served.version}"
@@ -75,6 +78,7 @@ class Loading:
     async def load(self, served: Served, model: ModelArgs) -> Served:
         app = self.place(served, model)
         self.did.append(f"load {served.version}")
+        self.shares.append(model.load_share)
         if self.during is not None:
             self.during()
         if served.version in self.slow:
@@ -142,6 +146,16 @@ def test_step_at_first_loads_what_the_alias_points_to_and_remembers_it() -> None
     assert case.registry.remembered == ["3"]
     case.step()
     assert case.stage.did == ["load 3"]  # nothing moved, nothing is done
+
+
+def test_the_first_version_is_loaded_at_once_and_those_beside_it_with_restraint() -> None:
+    case = Case(Registry(1), load_share=0.1, challenger={"share": 0.5})
+    case.step()
+    case.registry.points |= {"champion": 2, "challenger": 3}
+    case.step()
+    assert case.stage.did == ["load 1", "load 2", "load 3"]
+    assert case.stage.shares == [1.0, 0.1, 0.1]
+    assert case.registry.shares == [1.0] * 2 + [0.1] * 4  # asked before and after each loading
 
 
 def test_step_after_the_alias_has_moved_keeps_the_version_before_for_a_while() -> None:
