@@ -99,6 +99,6 @@ def test_ping_says_whether_every_model_is_loaded(answer: Any, status: int) -> No
 
 
 def test_a_key_of_the_query_that_is_unknown_is_refused() -> None:
-    status, body, _ = post(Client(ranked(1)), {"inputs": [A]}, "/invocations?modle=digits")
+    status, body, _ = post(Client(ranked(1)), {"inputs": [A]}, "/invocations?mdl=digits")
     assert (status, body["code"]) == (422, "query")
-    assert "modle" in body["error"]
+    assert "mdl" in body["error"]
