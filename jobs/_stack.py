@@ -40,6 +40,7 @@ RAY_ENV = {
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # for a stopped job to end its run and clean up; 3 s by default
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # 1000 lines by default, which a quiet endpoint keeps to itself
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",  # an hour by default, for a client that reads or sends nothing
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(80 * 2**20),  # 4 MiB by default; a body is 64 at most
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, while nobody else is calling

@@ -56,9 +56,9 @@ def optimize(job: Optimize) -> None:
         written = found.write(job.store / "optimized" / f"{name}-{found.chosen.engine}", origin if version else name)
         print(f"bundle   {written.path}")
         if version is not None:
-            ours = registry.published(uri, written, version.name) or _register(job, uri, version, found, written)
+            known = registry.published(uri, written, version.name, f"tags.optimized_from = '{origin}'")
+            ours = known or _register(job, uri, version, found, written)
             print(f"model    {ours.name} version {ours.version} (no alias moves)")
-            # Forced, for the gate asks for a gain, and this is to be as good.
             print(f"promote  python -m jobs.promote model={ours.name} version={ours.version} force=true")
 
 

@@ -89,16 +89,15 @@ class Replica:
 
     async def _predict(self, data: bytes, wanted: Wanted) -> Told | Refused:
         loop = asyncio.get_running_loop()
-        start_s = time.perf_counter()
-        self.decoding += 1
-        try:
-            sample = await loop.run_in_executor(self.decoders, self._sample, data, wanted)
-        except ImageError as error:
-            return Refused(error.reason, str(error))
-        finally:
-            self.decoding -= 1
-        decoded_s = time.perf_counter()
         with self.load.image():
+            came_s = time.perf_counter()
+            self.decoding += 1
+            try:
+                sample, decode_s = await loop.run_in_executor(self.decoders, self._decoded, data, wanted)
+            except ImageError as error:
+                return Refused(error.reason, str(error))
+            finally:
+                self.decoding -= 1
             done = await self.join(_Waiting(sample, self._select(wanted), wanted.until_s))
         if done.answer is None:
             return _LATE
@@ -114,10 +113,15 @@ class Replica:
             scores=tuple(best.scores.tolist()),
             boxes=boxes,
             picture=picture,
-            decode_ms=_ms(start_s, decoded_s),
-            queue_ms=_ms(decoded_s, done.began_s),
-            infer_ms=_ms(done.began_s, done.ended_s),
+            decode_ms=_ms(decode_s),
+            queue_ms=_ms(done.began_s - came_s - decode_s),  # for a decoder, and for a batch
+            infer_ms=_ms(done.ended_s - done.began_s),
         )
+
+    def _decoded(self, data: bytes, wanted: Wanted) -> tuple[Sample, float]:
+        """The model's input, and the seconds that making it took."""
+        began_s = time.perf_counter()
+        return self._sample(data, wanted), time.perf_counter() - began_s
 
     def _sample(self, data: bytes, wanted: Wanted) -> Sample:
         policy = self.predictor.card.decoding
@@ -170,5 +174,5 @@ def _best(answer: Answer, wanted: Wanted) -> Answer:
     return Classification(answer.labels[: wanted.top_k], answer.scores[: wanted.top_k])
 
 
-def _ms(start_s: float, end_s: float) -> float:
-    return round((end_s - start_s) * 1000, 3)
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

@@ -205,7 +205,7 @@ class Follower:
     async def _follow_last(self, alias: str) -> Served | None:
         last: Served | None = None
         try:
-            last = await asyncio.to_thread(self._aliases.last, self._now, alias)
+            last = await asyncio.to_thread(self._aliases.last, self._args, alias)
             if last and not self._refused.holds(_key(last, is_proven=True)):
                 return await self._take(last, is_proven=True)
         except Exception as error:
@@ -213,12 +213,12 @@ class Follower:
         return None
 
     @property
-    def _now(self) -> ModelArgs:
+    def _args(self) -> ModelArgs:
         """The model's arguments; while there is nobody to disturb a version is loaded as quickly as it can be."""
         return self.model if self.standing.live else self.model.model_copy(update={"load_share": 1.0})
 
     async def _own(self) -> Served:
-        return await asyncio.to_thread(self._aliases.settle, self._now, self.model.alias)
+        return await asyncio.to_thread(self._aliases.settle, self._args, self.model.alias)
 
     async def _rival(self) -> Served | None:
         assert self.model.challenger is not None
@@ -248,7 +248,7 @@ class Follower:
         self._loading.append(place)
         try:
             found = await self._stage.find(wanted, self.model)
-            loaded = found or await self._stage.load(wanted, self._now)
+            loaded = found or await self._stage.load(wanted, self._args)
             self._gone_s.pop(loaded.app, None)
             if not is_proven:
                 await self._rehearse(loaded, is_new=found is None)

@@ -146,9 +146,10 @@ class Ingress:
 
 
 def _accepts_picture(request: Request) -> bool:
-    """Whether a picture is wanted rather than JSON: named, and JSON is not, or weighs less (RFC 9110, section 12.5)."""
+    """Whether a picture is named as wanted, and no JSON as much, nor anything at all more (RFC 9110, section 12.5)."""
     weights = dict(map(_weighed, request.headers.get("accept", "").lower().split(",")))
-    return weights.get(PICTURE, 0.0) > weights.get(JSON, 0.0)
+    picture, anything = weights.get(PICTURE, 0.0), weights.get("application/*", weights.get("*/*", 0.0))
+    return picture > weights[JSON] if JSON in weights else picture > 0 and picture >= anything
 
 
 def _weighed(kind: str) -> tuple[str, float]:

@@ -70,7 +70,7 @@ SPENT = Metric(
     (*_MODEL, "stage"),
 )
 IN_HAND = Metric("gauge", "ventral_images_in_hand", "Images in hand at one ingress process, of all models.", ())
-WAITING = Metric("gauge", "ventral_images_waiting", "Decoded images that wait for a batch in one replica.")
+WAITING = Metric("gauge", "ventral_images_waiting", "Images that wait in one replica, for a decoder or for a batch.")
 BATCH = Metric("histogram", "ventral_batch_images", "Images per forward pass.", _MODEL, _IMAGES)
 SERVED = Metric("gauge", "ventral_model_info", "1 for every version that is served.", (*_MODEL, "alias"))
 STARTED = Metric("gauge", "ventral_start_time_seconds", "When the process began, in seconds since 1970.", ("role",))
@@ -179,7 +179,7 @@ class Load:
 
     @contextmanager
     def image(self) -> Iterator[None]:
-        """Count an image in that waits for a batch or is in one, and out."""
+        """Count an image in, that waits, is decoded or computed, and out."""
         self._joined += 1
         try:
             yield

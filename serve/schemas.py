@@ -84,9 +84,9 @@ class ModelArgs(Strict):
         challenger: a second version beside it.
         bundle: a bundle's folder instead of the registry, the same on every node.
         load_s: time that a version may take until its first replica has loaded it.
-        load_share: of the time, that what prepares a version may compute while another is live, 0.05 to 1: the less,
-            the less those feel it who are answered on the same CPUs, and the longer it takes. 1 where versions load on
-            CPUs of their own.
+        load_share: of the time, that what prepares a version may compute while another of the model is live, 0.1 to
+            1. The less, the less those feel it who are answered on the same CPUs, and the longer it takes; 1 where
+            versions load on CPUs of their own.
         keep_s: how long a version stays loaded after another has taken its place.
         max_queued: requests that may wait for a replica; further ones are refused with 429.
         num_cpus: CPUs, and threads, of a replica.
@@ -99,7 +99,7 @@ class ModelArgs(Strict):
     challenger: Challenger | None = None
     bundle: Path | None = None
     load_s: float = Field(default=300.0, gt=0)
-    load_share: float = Field(default=1.0, ge=0.05, le=1)
+    load_share: float = Field(default=1.0, ge=0.1, le=1)
     keep_s: float = Field(default=300.0, ge=0)
     batch: Batching = Batching()
     autoscaling: Autoscaling = Autoscaling()

@@ -166,7 +166,9 @@ def bound(served: Served, args: ModelArgs, answer_s: float) -> ray.serve.Applica
     """One version as a graph of one deployment, whose replicas end what they have begun within `answer_s`."""
     actor: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
     if args.load_share < 1:
-        actor["runtime_env"] = {"py_executable": throttle.python(args.load_share, time.time() + STARTING_S)}
+        restrained = throttle.python(args.load_share, time.time() + STARTING_S)
+        # Serve gives a deployment without an environment the caller's, which is the application's; so here.
+        actor["runtime_env"] = {**ray.get_runtime_context().runtime_env, "py_executable": restrained}
     deployment = ray.serve.deployment(
         name=args.name,
         ray_actor_options=actor,

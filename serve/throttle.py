@@ -1,7 +1,8 @@
 """Lets a process compute for a share of the time only, where what it does must not slow others on the same CPUs.
 
 A priority does not do that: what runs at the lowest still takes caches, memory and the other half of a core from who
-runs at the highest. So a child of the process stops it and lets it go on, twenty times a second, all its threads alike.
+runs at the highest. So a child of the process stops it and lets it go on, twenty times a second, all its threads alike,
+but not what it starts itself, such as compilers. Where that child is killed, the process may stay stopped.
 
     python -m serve.throttle SHARE UNTIL arguments...
 
@@ -11,15 +12,20 @@ it calls `release`.
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 PERIOD_S = 0.05
+_turn = threading.Lock()
+_log = logging.getLogger("ray.serve")
 _CHILD_PID = "VENTRAL_THROTTLE_PID"
 _CHILD = """
 import os, signal, sys, time
@@ -40,21 +46,24 @@ finally:
 def throttled(share: float) -> Iterator[None]:
     """Within it this process, with all its threads, runs for `share` of the time, above 0; at 1 nothing is done.
 
-    Where several threads ask for it at once, it runs for at least the largest of their shares.
+    Threads that ask for it wait for each other.
     """
     if share >= 1:
         yield
         return
-    with _restrain(share) as child:
+    with _turn:
+        child = _restrain(share)
         try:
             yield
         finally:
-            child.terminate()
+            if child is not None:
+                child.terminate()
+                child.wait()
 
 
 def python(share: float, until_s: float) -> str:
-    """How a Python is called that is restrained if it starts before `until_s`; arguments follow."""
-    return f"{sys.executable} -m serve.throttle {share:g} {until_s:.0f}"
+    """How a shell calls a Python that is restrained if it starts before `until_s`; arguments follow."""
+    return f"{shlex.quote(sys.executable)} -m serve.throttle {share:g} {until_s:.0f}"
 
 
 def release() -> None:
@@ -66,13 +75,18 @@ def release() -> None:
             os.waitpid(int(child), 0)
 
 
-def _restrain(share: float) -> subprocess.Popen[bytes]:
+def _restrain(share: float) -> subprocess.Popen[bytes] | None:
+    """Start the child; None where there can be none, for work that is not restrained is better than none."""
     times_s = (PERIOD_S * share, PERIOD_S * (1 - share))
     command = [sys.executable, "-I", "-S", "-c", _CHILD, str(os.getpid()), *map(str, times_s)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        _log.warning("this process runs without restraint: %s", error)
+        return None
 
 
 if __name__ == "__main__":
-    if time.time() < float(sys.argv[2]):
-        os.environ[_CHILD_PID] = str(_restrain(float(sys.argv[1])).pid)
+    if time.time() < float(sys.argv[2]) and (child := _restrain(float(sys.argv[1]))):
+        os.environ[_CHILD_PID] = str(child.pid)
     os.execv(sys.executable, [sys.executable, *sys.argv[3:]])  # noqa: S606  (the same process goes on)

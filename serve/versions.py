@@ -111,6 +111,9 @@ class Versions:
             return
         try:
             fetched.remove_abandoned(self._cache, model.name, UNUSED_S)
+        except OSError as error:
+            _log.warning("%s: what a download of %s has left is not removed: %s", self._cache, model.name, error)
+        try:
             known = fetched.versions(self._cache, model.name)
             last = [said["version"] for said in self._read().get(model.name, {}).values()]
         except Exception as error:  # what was served last is not known, so nothing is removed

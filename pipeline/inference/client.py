@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -35,7 +35,12 @@ BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """What the endpoint answered about one image: class names and scores in [0, 1], best first."""
+    """What the endpoint answered about one image: class names and scores in [0, 1], best first.
+
+    Attributes:
+        alias: by which the version is served, if by any.
+        timing_ms: milliseconds of `decode`, `queue` and `infer`.
+    """
 
     model: str
     version: str
@@ -43,17 +48,26 @@ class Ranked:
     class_names: tuple[str, ...]
     scores: tuple[float, ...]
     request_id: str
+    alias: str | None = None
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a detector's endpoint answered about one image: boxes in pixels of the upright original, best first."""
+    """What a detector's endpoint answered about one image: boxes in pixels of the upright original, best first.
+
+    Attributes:
+        alias: by which the version is served, if by any.
+        timing_ms: milliseconds of `decode`, `queue` and `infer`.
+    """
 
     model: str
     version: str
     detections: Detections
     class_names: tuple[str, ...]
     request_id: str
+    alias: str | None = None
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Client:
@@ -272,7 +286,7 @@ def _advice(response: httpx.Response) -> str:
         sent = "Authorization" in response.request.headers
         return f" ({'another' if sent else 'a'} key goes into the argument 'key' or the environment's {KEY})"
     wait_s = response.headers.get("Retry-After", "")
-    return f" (again after {wait_s} s)" if response.status_code == 429 and wait_s.isdigit() else ""
+    return f" (again after {wait_s} s)" if wait_s.isdigit() else ""
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
@@ -297,6 +311,8 @@ def _ranked(answer: dict[str, Any]) -> Ranked:
         class_names=tuple(row["class_name"] for row in rows),
         scores=tuple(row["score"] for row in rows),
         request_id=answer["request_id"],
+        alias=answer["model"]["alias"],
+        timing_ms=answer["timing_ms"],
     )
 
 
@@ -312,4 +328,6 @@ def _found(answer: dict[str, Any]) -> Found:
         ),
         class_names=tuple(row["class_name"] for row in rows),
         request_id=answer["request_id"],
+        alias=answer["model"]["alias"],
+        timing_ms=answer["timing_ms"],
     )

@@ -87,7 +87,7 @@ def remove_abandoned(folder: Path, name: str, abandoned_s: float) -> None:
         OSError: it cannot be removed; it goes at the next call.
     """
     for left in (folder / name).glob(f".*{_PARTIAL}*"):
-        newest_s = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+        newest_s = max(path.lstat().st_mtime for path in (left, *left.rglob("*")))
         if time.time() - newest_s >= abandoned_s:
             shutil.rmtree(left)
 

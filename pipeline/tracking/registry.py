@@ -156,20 +156,21 @@ def publish(run: Run, made: Bundle, name: str) -> Version:
         )
 
 
-def published(uri: str, made: Bundle, name: str, run_id: str | None = None) -> Version | None:
+def published(uri: str, made: Bundle, name: str, where: str) -> Version | None:
     """The version of `name` that has just these weights and engine, if there is one; of several the newest.
 
     Args:
-        run_id: of the run that must have registered it.
+        where: what else holds of it, as MLflow's searches have it.
 
     Raises:
         TrackingError: the server does not answer.
     """
     connection.check(uri)
-    wanted = f"name = '{name}'" + (f" and run_id = '{run_id}'" if run_id else "")
     model = identity(made.card.weights_sha256, str(made.card.engine))
     with connection.answers(uri) as client:
-        found = map(_version, client.search_model_versions(wanted, order_by=["version_number DESC"]))
+        found = map(
+            _version, client.search_model_versions(f"name = '{name}' and {where}", order_by=["version_number DESC"])
+        )
         return next((version for version in found if version.identity == model), None)
 
 

@@ -261,7 +261,7 @@ def register(run: runs.Run, made: Bundle, registration: Registration | None) -> 
         return None
     connection.wait(run.uri, REGISTRY_WAIT_S)  # unlike figures, a model goes straight to the server
     name = registration.model
-    version = registry.published(run.uri, made, name, run.id) or registry.publish(run, made, name)
+    version = registry.published(run.uri, made, name, f"run_id = '{run.id}'") or registry.publish(run, made, name)
     if registration.alias is None:
         return version
     reason = f"registered by run {run.id}, {registry.NO_GATE}"

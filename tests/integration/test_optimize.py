@@ -169,9 +169,12 @@ def test_optimize_again_registers_only_what_is_quicker_than_what_answers_now(
     assert place.versions("again") == ["1", "2"]
     assert [place.optimize("again/1"), place.optimize("again/2", quickest=PLAIN)] == [0, 0]
     told = capsys.readouterr().out
-    assert re.findall(r"again version \d", told) == ["again version 2", "again version 1"]
-    assert "jobs.promote model=again version=1 force=true" in told
-    assert place.versions("again") == ["1", "2"]
+    assert re.findall(r"again version \d", told) == ["again version 2", "again version 3"]  # 1 was not made of 2
+    assert "jobs.promote model=again version=2 force=true" in told
+    assert place.versions("again") == ["1", "2", "3"]
+    third = place.bundle("again/3").card
+    assert third.engine == PLAIN
+    assert (third.provenance["optimized_from"], third.provenance["engine"]) == ("again/2", "eager-fp32")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
+import psutil
 import requests
+
+from jobs._process import Service, _members
+
+LATEST_START_S = 120.0
 
 
 def until(what: Callable[[], bool], timeout_s: float = 120.0) -> None:
@@ -62,3 +68,22 @@ class Load:
         """Every request was answered with 200."""
         assert not self.errors, self.errors[:3]
         assert Counter(self.statuses).keys() == {200}
+
+
+def process(head: Service, name: str) -> psutil.Process:
+    """The replica whose process Ray calls so: `ServeReplica:<application>:<deployment>`."""
+    deadline = time.monotonic() + LATEST_START_S
+    while time.monotonic() < deadline:
+        if found := processes(head, name):
+            return found[0]
+        time.sleep(0.2)
+    raise AssertionError(f"no replica of {name}")
+
+
+def processes(head: Service, name: str) -> list[psutil.Process]:
+    found = {}
+    for one in _members(head):  # which may name one twice
+        with suppress(psutil.Error):  # it ends meanwhile
+            if " ".join(one.cmdline()).startswith(f"ray::ServeReplica:{name}"):
+                found[one.pid] = one
+    return list(found.values())

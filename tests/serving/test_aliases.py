@@ -17,7 +17,7 @@ from jobs._process import Service
 from pipeline import models
 from pipeline.inference import bundle, golden
 from pipeline.tracking import registry, runs
-from tests.serving.load import Load
+from tests.serving.load import Load, process
 
 NAME = "moving"
 SOON_S = 90.0
@@ -55,7 +55,7 @@ def published(mlflow_server: Service, tmp_path_factory: pytest.TempPathFactory, 
 
 @pytest.fixture(scope="module")
 def url(ray_head: Service, app_config: Callable[..., dict[str, Any]], published: str, tmp_path_factory: Any) -> str:
-    config = app_config(name=NAME, bundle=None, challenger={"shadow": 1.0}, keep_s=600.0)
+    config = app_config(name=NAME, bundle=None, challenger={"shadow": 1.0}, keep_s=600.0, load_share=0.5)
     config["applications"][0]["args"] |= {
         "registry": published,
         "poll_s": 0.5,
@@ -82,7 +82,7 @@ def numbers(found: dict[str, Any]) -> list[str]:
 
 
 def test_an_alias_that_moves_is_followed_without_a_failed_request_and_back_again_at_once(
-    url: str, published: str, picture: Callable[..., bytes]
+    url: str, ray_head: Service, published: str, picture: Callable[..., bytes]
 ) -> None:
     with Load(f"{url}/predict/{NAME}", picture(9), num_clients=2) as load:
         registry.promote(published, NAME, "2")
@@ -96,6 +96,10 @@ def test_an_alias_that_moves_is_followed_without_a_failed_request_and_back_again
         assert (found["troubles"], numbers(found)) == ({}, ["1", "2"])
     load.expect_no_failure()
     assert set(load.versions) == {"1", "2"}
+    for version, was_restrained in (("1", False), ("2", True)):
+        replica = process(ray_head, f"ventral+{NAME}+{version}")
+        assert ("VENTRAL_THROTTLE_PID" in replica.environ()) == was_restrained  # as it was started
+        assert not [child for child in replica.children() if "SIGSTOP" in " ".join(child.cmdline())]
     for version in ("1", "2"):
         answer = requests.post(f"{url}/predict/{NAME}/versions/{version}", data=picture(9), timeout=30)
         assert answer.json()["model"]["version"] == version

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 import requests
 from PIL import Image
@@ -25,7 +24,7 @@ from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client
 from pipeline.tracking import registry, runs
 from serve.versions import MEMORY
-from tests.serving.load import Load, until
+from tests.serving.load import Load, process, processes, until
 from tests.serving.test_aliases import make, wait_for
 from tests.small_disk import needs_mounting, small_disk
 
@@ -34,25 +33,6 @@ pytestmark = pytest.mark.slow
 SOON_S = 120.0
 LATEST_S = 40.0
 """No answer may take longer: the limit of the application is 30 s."""
-
-
-def process(head: Service, name: str) -> psutil.Process:
-    """The replica whose process Ray calls so: `ServeReplica:<application>:<deployment>`."""
-    deadline = time.monotonic() + SOON_S
-    while time.monotonic() < deadline:
-        if found := processes(head, name):
-            return found[0]
-        time.sleep(0.2)
-    raise AssertionError(f"no replica of {name}")
-
-
-def processes(head: Service, name: str) -> list[psutil.Process]:
-    found = {}
-    for one in _members(head):  # which may name one twice
-        with suppress(psutil.Error):  # it ends meanwhile
-            if " ".join(one.cmdline()).startswith(f"ray::ServeReplica:{name}"):
-                found[one.pid] = one
-    return list(found.values())
 
 
 @pytest.fixture
@@ -239,13 +219,15 @@ def test_a_full_disk_costs_no_request_and_with_room_the_alias_is_followed(
     publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
     with small_disk(disk, "2m"):
         url = deploy(ray_head, following(app_config(name=name, bundle=None, num_cpus=0.25), own_mlflow, disk))
-        filling, was_written = disk / "filling", (disk / "cache" / MEMORY).read_text()
+        filling, memory = disk / "filling", disk / "cache" / MEMORY
+        until(memory.exists)
+        was_written = memory.read_text()
         with Load(f"{url}/predict/{name}", picture(), num_clients=2) as load:
             fill(filling)
             registry.promote(uri, name, "2")
             found = wait_for(url, lambda found: "champion" in found["troubles"])
             assert "No space left on device; make room there" in found["troubles"]["champion"]
-            assert (found["version"], (disk / "cache" / MEMORY).read_text()) == ("1", was_written)
+            assert (found["version"], memory.read_text()) == ("1", was_written)
             filling.unlink()
             until(lambda: load.versions[-1:] == ["2"])
             assert wait_for(url, lambda found: not found["troubles"])["version"] == "2"

@@ -245,16 +245,18 @@ def test_what_the_proxy_refuses_in_its_own_words_is_an_error_to_foreign_clients(
 
 
 class Dead(BaseHTTPRequestHandler):
-    """Answers as HAProxy does while no ingress process lives."""
+    """Answers as HAProxy does in the endpoint's place (`jobs/_haproxy.py`)."""
+
+    status = 503
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
 
     def do_GET(self) -> None:
-        body = b"Internal Server Error"
-        self.send_response(500)
-        self.send_header("Content-Type", "text/plain")
+        body = b'{"error": "The endpoint is not there; try again.", "code": "proxy", "request_id": "r1"}'
+        self.send_response(self.status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -263,7 +265,11 @@ class Dead(BaseHTTPRequestHandler):
         """Keep quiet."""
 
 
-def test_an_endpoint_without_a_living_process_is_an_error_to_foreign_clients(picture: Any) -> None:
+@pytest.mark.parametrize("status", [408, 500, 503])
+def test_an_endpoint_that_the_proxy_speaks_for_is_an_error_to_foreign_clients(
+    picture: Any, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dead, "status", status)
     with ThreadingHTTPServer(("127.0.0.1", 0), Dead) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
@@ -271,9 +277,9 @@ def test_an_endpoint_without_a_living_process_is_an_error_to_foreign_clients(pic
                 assert not client.is_server_ready()
                 with pytest.raises(InferenceServerException) as failed:
                     client.infer("tiny", [encoded([picture()])])
-                assert failed.value.status() == "500"
+                assert failed.value.status() == str(status)
             with pytest.raises(ApiError) as failed_too:
                 OpenInferenceClient(base_url=f"http://127.0.0.1:{server.server_port}").read_model_metadata("tiny")
-            assert failed_too.value.status_code == 500
+            assert failed_too.value.status_code == status
         finally:
             server.shutdown()

@@ -16,7 +16,9 @@ from pipeline.errors import ClusterError, DataError
 from pipeline.inference.client import AsyncClient, Client, Ranked
 
 ROWS = [{"label": 2, "class_name": "cat", "score": 0.75}, {"label": 0, "class_name": "ant", "score": 0.25}]
-GOOD = {"model": {"name": "pets", "version": "3"}, "predictions": ROWS, "request_id": "r1"}
+TIMES = {"decode": 1.0, "queue": 0.5, "infer": 2.0}
+MODEL = {"name": "pets", "version": "3", "alias": "champion"}
+GOOD = {"model": MODEL, "predictions": ROWS, "timing_ms": TIMES, "request_id": "r1"}
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -84,7 +86,7 @@ def endpoint() -> Iterator[Endpoint]:
         thread.join()
 
 
-CAT = Ranked("pets", "3", (2, 0), ("cat", "ant"), (0.75, 0.25), "r1")
+CAT = Ranked("pets", "3", (2, 0), ("cat", "ant"), (0.75, 0.25), "r1", "champion", TIMES)
 BOX = [{"label": 2, "class_name": "cat", "score": 0.75, "box": [1, 2, 3.5, 4]}]
 
 
@@ -103,8 +105,10 @@ def test_asyncio_gets_the_same_answers_to_many_questions_at_once(endpoint: Endpo
 
 
 def test_several_images_go_together_and_come_back_in_their_order(endpoint: Endpoint) -> None:
-    head = {key: GOOD[key] for key in ("model", "request_id")}
-    endpoint.body = json.dumps(head | {"results": [{"predictions": ROWS}, {"predictions": ROWS[1:]}]}).encode()
+    head = {key: GOOD[key] for key in ("model", "request_id", "timing_ms")}
+    endpoint.body = json.dumps(
+        head | {"results": [{"predictions": ROWS, "timing_ms": TIMES}, {"predictions": ROWS[1:], "timing_ms": TIMES}]}
+    ).encode()
     with Client(endpoint.url) as client:
         first, second = client.predict_many("pets@champion", [b"\x00one\r\n", b"two"])
     assert (first, second.labels, second.version) == (CAT, (0,), "3")
@@ -116,13 +120,16 @@ def test_several_images_go_together_and_come_back_in_their_order(endpoint: Endpo
 
 
 def test_boxes_are_read_and_thresholds_asked_for(endpoint: Endpoint) -> None:
-    head = {key: GOOD[key] for key in ("model", "request_id")}
+    head = {key: GOOD[key] for key in ("model", "request_id", "timing_ms")}
     endpoint.body = json.dumps(head | {"predictions": BOX}).encode()
     with Client(endpoint.url) as client:
         found = client.detect("pets", b"image", score_threshold=0.5, max_detections=3, iou_threshold=0.4)
     assert endpoint.asked[0] == "/predict/pets?score_threshold=0.5&max_detections=3&iou_threshold=0.4"
+    assert (found.alias, found.timing_ms) == ("champion", TIMES)
     assert (found.class_names, found.detections.boxes_xyxy.tolist()) == (("cat",), [[1, 2, 3.5, 4]])
-    endpoint.body = json.dumps(head | {"results": [{"predictions": BOX}, {"predictions": []}]}).encode()
+    endpoint.body = json.dumps(
+        head | {"results": [{"predictions": BOX, "timing_ms": TIMES}, {"predictions": [], "timing_ms": TIMES}]}
+    ).encode()
 
     async def ask() -> list[int]:
         async with AsyncClient(endpoint.url) as client:

@@ -81,6 +81,7 @@ defaults
     timeout connect 1s
     timeout client 5s
     timeout server 5s
+    retries 0
     errorfile 503 {folder}/nothing-is-read-of-it
 frontend http_frontend
     bind 127.0.0.1:{port}

@@ -21,6 +21,7 @@ from pipeline.inference.predictor import Predictor
 from pipeline.types import Classification
 from serve.batching import Batcher
 from serve.deployments import Replica
+from serve.metrics import WAITING
 from serve.schemas import LATE, Batching, ModelArgs, Refused, Served, Told, Wanted
 from tests.small_detection import photo
 
@@ -135,6 +136,25 @@ def replica_waiting(replica: Replica, image: bytes, until_s: float) -> Any:
     from serve.deployments import _Waiting  # noqa: PLC0415
 
     return _Waiting(replica.predictor.decode(image), replica._select(Wanted()), until_s)
+
+
+def test_waiting_for_a_decoder_is_told_as_waiting_not_as_decoding(made: bundle.Bundle) -> None:
+    slow_s = 0.05
+    replica = Replica(Served("tiny", "1", None, made.path, 10), ModelArgs(name="tiny", decoders=1))
+    decode, most = replica.predictor.decode, 0.0
+
+    def slowly(*args: Any, **keys: Any) -> Any:
+        nonlocal most
+        time.sleep(slow_s)  # so long decoding takes
+        most = max(most, *(value for metric, value, _ in replica.load.readings() if metric == WAITING))
+        return decode(*args, **keys)
+
+    replica.predictor.decode = slowly  # type: ignore[method-assign]
+    answers = asyncio.run(replica.predict([IMAGES[0]] * 4, Wanted()))
+    last = answers[-1]
+    assert isinstance(last, Told)
+    assert last.queue_ms > 3 * 1000 * slow_s > last.decode_ms  # it waited for three others
+    assert most == 4
 
 
 def test_a_caller_that_goes_away_is_not_computed_for(replica: Replica) -> None:

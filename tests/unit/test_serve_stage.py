@@ -14,7 +14,7 @@ import ray.serve
 from ray.serve.config import RequestRouterConfig
 
 from serve.schemas import ModelArgs, Served
-from serve.stage import RayStage
+from serve.stage import RayStage, bound
 
 
 @pytest.fixture
@@ -24,6 +24,23 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
+
+
+def test_a_restrained_version_has_the_applications_environment_and_the_same_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = {"env_vars": {"OMP_NUM_THREADS": "1"}, "pip": ["a"]}
+    context = SimpleNamespace(runtime_env=env, get_runtime_env_string=lambda: str(env))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    served, models = Served("digits", "1", "champion", Path("bundle"), 10), [ModelArgs(name="digits")]
+    models.append(ModelArgs(name="digits", load_share=0.25))
+    plain, restrained = (
+        bound(served, model, 30.0)._bound_deployment.ray_actor_options.get("runtime_env", {}) for model in models
+    )
+    assert plain == {}  # Serve gives it the application's
+    assert env.items() <= restrained.items()
+    assert " -m serve.throttle 0.25 " in restrained["py_executable"]
+    assert len({RayStage("ventral", 30.0).place(served, model) for model in models}) == 1
 
 
 @pytest.mark.usefixtures("hasty_threads")
