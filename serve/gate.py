@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipeline.config import nearest
 from serve import bodies, problems
 from serve.agreement import Agreement
-from serve.metrics import IN_HAND, SERVED, STARTED, Reading
+from serve.metrics import IN_HAND, SERVED, STARTED, TROUBLE, Reading
 from serve.problems import MAX_ECHO, Problem
 from serve.roster import Roster, Standing
 from serve.schemas import Asked, Limits, Refused, Served, Told, Wanted
@@ -219,7 +219,10 @@ class Gate:
         """The gauges of an ingress process."""
         versions = self.roster.versions
         served: list[Reading] = [(SERVED, 1, (one.name, one.version, one.alias or "")) for one in versions]
-        return [(IN_HAND, self._inflight, ()), (STARTED, self._began_s, ("ingress",)), *served]
+        troubles: list[Reading] = [
+            (TROUBLE, 1, (standing.name, alias)) for standing in self.standings.values() for alias in standing.troubles
+        ]
+        return [(IN_HAND, self._inflight, ()), (STARTED, self._began_s, ("ingress",)), *served, *troubles]
 
     def _shadow(
         self,

@@ -73,8 +73,14 @@ IN_HAND = Metric("gauge", "ventral_images_in_hand", "Images in hand at one ingre
 WAITING = Metric("gauge", "ventral_images_waiting", "Images that wait in one replica, for a decoder or for a batch.")
 BATCH = Metric("histogram", "ventral_batch_images", "Images per forward pass.", _MODEL, _IMAGES)
 SERVED = Metric("gauge", "ventral_model_info", "1 for every version that is served.", (*_MODEL, "alias"))
+TROUBLE = Metric(
+    "gauge",
+    "ventral_alias_trouble",
+    "1 for every alias that is not followed, GET /models says why; served.json: what is served is not written down.",
+    ("model", "alias"),
+)
 STARTED = Metric("gauge", "ventral_start_time_seconds", "When the process began, in seconds since 1970.", ("role",))
-METRICS = (REQUESTS, IMAGES, REJECTS, STAGE, SPENT, IN_HAND, WAITING, BATCH, SERVED, STARTED)
+METRICS = (REQUESTS, IMAGES, REJECTS, STAGE, SPENT, IN_HAND, WAITING, BATCH, SERVED, TROUBLE, STARTED)
 
 Reading = tuple[Metric, float, tuple[str, ...]]
 """A gauge, its value, its labels' values."""

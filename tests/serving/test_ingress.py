@@ -23,6 +23,7 @@ from pipeline.errors import ClusterError
 from pipeline.inference.bundle import Bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Classification
+from tests.serving.load import until
 
 MAX_BODY_BYTES = 6 * 2**20
 
@@ -249,3 +250,22 @@ def test_metrics_show_every_request_once_ray_has_reported_them(
     while counted() < before + count and time.monotonic() < deadline:
         time.sleep(0.2)
     assert counted() == before + count
+
+
+def test_a_request_is_logged_as_json_as_soon_as_it_is_answered(
+    ray_head: Service, app_config: Callable[..., dict[str, Any]], picture: Callable[..., bytes]
+) -> None:
+    config = app_config()
+    config["applications"][0]["args"]["log_requests"] = True
+    url = deploy(ray_head, config)
+    requests.post(f"{url}/predict/tiny", data=picture(), headers={"x-request-id": "logged-1"}, timeout=30)
+    assert ray_head.scratch
+    logs = ray_head.scratch / "r" / "session_latest" / "logs" / "serve"
+
+    def lines() -> list[str]:
+        texts = [path.read_text() for path in logs.glob("replica_ventral_ingress_*.log")]
+        return [line for text in texts for line in text.splitlines() if "logged-1" in line]
+
+    until(lambda: bool(lines()), 30)
+    said = json.loads(lines()[0][lines()[0].index("{") :])
+    assert (said["request_id"], said["model"], said["status"]) == ("logged-1", "tiny", 200)

@@ -18,7 +18,21 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve import metrics, scrape
-from serve.metrics import IMAGES, IN_HAND, REJECTS, REQUESTS, SERVED, SPENT, STAGE, WAITING, Load, Metric, Reading
+from serve.metrics import (
+    IMAGES,
+    IN_HAND,
+    REJECTS,
+    REQUESTS,
+    SERVED,
+    SPENT,
+    STAGE,
+    TROUBLE,
+    WAITING,
+    Load,
+    Metric,
+    Reading,
+)
+from serve.roster import Standing
 from serve.schemas import Refused
 from serve.tracing import Trace, trace_of
 from serve.watching import LOGGER, Watch
@@ -431,6 +445,24 @@ def test_dashboard_asks_only_for_metrics_that_there_are() -> None:
     assert {name.removeprefix("ray_") for name in asked - RAYS_OWN} >= {
         metric.name for metric in metrics.METRICS if not metric.buckets
     }
+
+
+def test_dashboard_shows_the_replicas_of_versions_which_are_applications_of_their_own() -> None:
+    asked = [text for text in expressions(json.loads(DASHBOARD.read_text())) if "ray_serve_" in text]
+    for text in asked:
+        (pattern,) = re.findall(r'application=~"(.*?)"', text)
+        assert all(
+            re.fullmatch(pattern, name) for name in ("ventral", "ventral+digits+12+0a1b2c3d")
+        )  # as Prometheus does
+        assert not re.fullmatch(pattern, "another")
+
+
+def test_aliases_that_are_not_followed_are_a_gauge() -> None:
+    meter = Counted()
+    standing = Standing("digits", MODELS[0], troubles={"champion": "the bundle is damaged"})
+    Client(ranked(1), watch=Watch(meter), standings=(standing, Standing("flowers", MODELS[1])))
+    told = [reading for source in meter.sources for reading in source() if reading[0] == TROUBLE]
+    assert told == [(TROUBLE, 1, ("digits", "champion"))]
 
 
 def test_dashboard_names_no_data_source_but_its_variable() -> None:
