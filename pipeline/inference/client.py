@@ -9,7 +9,9 @@ connections end, or the proxy says 5xx in its place. What the endpoint itself an
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ KEY = "VENTRAL_KEY"
 TOP_K = 5
 SCORE_THRESHOLD = 0.25
 MAX_DETECTIONS = 100
+AGAIN_S = 0.2
+"""Until a lost question is asked again: the proxy has to see that a process is gone, not only its connections."""
 PROXY = "proxy"
 """The code of what is said in the endpoint's place (`jobs/_haproxy.py`); elsewhere that is no JSON, and has none."""
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)
@@ -139,6 +143,7 @@ class Client:
                 response = self._http.request(method, self.url + path, **what)
                 if not _is_lost(response):
                     return response
+            time.sleep(AGAIN_S)
             return self._http.request(method, self.url + path, **what)
 
 
@@ -209,6 +214,7 @@ class AsyncClient:
                 response = await self._http.request(method, self.url + path, **what)
                 if not _is_lost(response):
                     return response
+            await asyncio.sleep(AGAIN_S)
             return await self._http.request(method, self.url + path, **what)
 
 
