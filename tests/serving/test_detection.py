@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 from faster_coco_eval import COCO
+from tritonclient import http as triton
 
 from jobs import predict
 from jobs._deploy import deploy
@@ -29,6 +31,7 @@ from pipeline.inference.bundle import Bundle
 from pipeline.inference.client import Client
 from pipeline.inference.predictor import Predictor
 from pipeline.types import Detections
+from serve.oip import OUTPUTS
 from tests.small_detection import assert_same, objects, photo, shards_of, untaught
 
 SCORE = 0.05
@@ -122,6 +125,33 @@ def test_both_tasks_answer_side_by_side(url: str, picture: Callable[..., bytes])
     assert client.detect("digits", picture(1)).model == "digits"
     with pytest.raises(DataError, match="415"):
         client.detect("digits", b"no image")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_client_gets_the_predictors_boxes_padded_to_the_most_of_an_image(
+    url: str, model: Bundle, binary: bool
+) -> None:
+    photos = [TURNED, photo(3, 60, 90)]
+    best = [float(offline(model, data, 0.0).scores.max()) for data in photos]
+    threshold = sum(best) / 2
+    expected = [offline(model, data, threshold).best(threshold, 7) for data in photos]
+    tensor = triton.InferInput("image", [2], "BYTES")
+    given = photos if binary else [base64.b64encode(data).decode() for data in photos]
+    tensor.set_data_from_numpy(np.array(given, np.object_), binary_data=binary)
+    wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in OUTPUTS["detection"]]
+    asked = {"score_threshold": threshold, "max_detections": 7}
+    with triton.InferenceServerClient(url.removeprefix("http://")) as client:
+        answer = client.infer("digits", [tensor], outputs=wanted, parameters=asked)
+    counts = [len(one) for one in expected]
+    assert counts[0] != counts[1]
+    assert answer.as_numpy("num_detections").tolist() == [[count] for count in counts]
+    named = answer.as_numpy("detection_labels")
+    for row, (one, count) in enumerate(zip(expected, counts, strict=True)):
+        found = [answer.as_numpy(f"detection_{name}")[row] for name in ("boxes", "classes", "scores")]
+        assert_same(Detections(*(each[:count] for each in found)), one)
+        assert not any(each[count:].any() for each in found)
+        names = [model.card.classes[label] for label in one.labels] + [""] * (max(counts) - count)
+        assert [text.decode() if isinstance(text, bytes) else text for text in named[row]] == names
 
 
 def test_served_boxes_equal_those_of_the_evaluation(url: str, model: Bundle, small_scenes: shards.Shards) -> None:
