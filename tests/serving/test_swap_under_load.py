@@ -84,7 +84,7 @@ def test_swaps_under_half_the_capacity_fail_no_request(
     picture: Callable[..., bytes],
     tmp_path: Path,
 ) -> None:
-    uri, image, name = mlflow_server.address, picture(1, hw=(375, 500)), f"swapped-{share:g}"
+    uri, image, name = mlflow_server.address, picture(1, hw=(375, 500)), f"swapped-{100 * share:.0f}"
     with runs.start(uri, runs.Config(experiment=name), params={}, tags={}) as run:
         for seed in range(1, SWAPS + 2):
             registry.publish(run, alexnet(tmp_path / str(seed), seed, image), name)
