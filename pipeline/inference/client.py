@@ -308,32 +308,35 @@ def _task(answer: dict[str, Any]) -> str:
     return str(answer["properties"]["task"])
 
 
+def _of_any_task(answer: dict[str, Any]) -> dict[str, Any]:
+    """What is said of an image whatever the model is for."""
+    model = answer["model"]
+    return {
+        "model": model["name"],
+        "version": model["version"],
+        "class_names": tuple(row["class_name"] for row in answer["predictions"]),
+        "request_id": answer["request_id"],
+        "alias": model["alias"],
+        "timing_ms": answer["timing_ms"],
+    }
+
+
 def _ranked(answer: dict[str, Any]) -> Ranked:
     rows = answer["predictions"]
     return Ranked(
-        model=answer["model"]["name"],
-        version=answer["model"]["version"],
         labels=tuple(row["label"] for row in rows),
-        class_names=tuple(row["class_name"] for row in rows),
         scores=tuple(row["score"] for row in rows),
-        request_id=answer["request_id"],
-        alias=answer["model"]["alias"],
-        timing_ms=answer["timing_ms"],
+        **_of_any_task(answer),
     )
 
 
 def _found(answer: dict[str, Any]) -> Found:
     rows = answer["predictions"]
     return Found(
-        model=answer["model"]["name"],
-        version=answer["model"]["version"],
         detections=Detections(
             np.array([row["box"] for row in rows], np.float32).reshape(-1, 4),
             np.array([row["label"] for row in rows], np.int64),
             np.array([row["score"] for row in rows], np.float32),
         ),
-        class_names=tuple(row["class_name"] for row in rows),
-        request_id=answer["request_id"],
-        alias=answer["model"]["alias"],
-        timing_ms=answer["timing_ms"],
+        **_of_any_task(answer),
     )

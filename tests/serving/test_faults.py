@@ -157,16 +157,29 @@ def test_without_the_registry_what_was_served_last_is_served(
     assert answer.json()["model"] == {"name": "away", "version": "1", "alias": "champion"}
 
 
-def test_an_alias_that_flaps_and_a_registry_that_goes_and_comes_cost_no_request(
+@pytest.fixture
+def deploy_two(
     ray_head: Service,
     app_config: Callable[..., dict[str, Any]],
     own_mlflow: Service,
     tmp_path: Path,
     picture: Callable[..., bytes],
+) -> Callable[..., str]:
+    """Registers two versions of a model, deploys it and gives the address; keywords go to the model's arguments."""
+
+    def deployed(name: str, folder: Path = tmp_path, **model: Any) -> str:
+        publish(own_mlflow.address, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
+        config = app_config(name=name, bundle=None, num_cpus=0.25, **model)
+        return deploy(ray_head, following(config, own_mlflow, folder))
+
+    return deployed
+
+
+def test_an_alias_that_flaps_and_a_registry_that_goes_and_comes_cost_no_request(
+    deploy_two: Callable[..., str], own_mlflow: Service, tmp_path: Path, picture: Callable[..., bytes]
 ) -> None:
     uri, name = own_mlflow.address, "flapping"
-    publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
-    url = deploy(ray_head, following(app_config(name=name, bundle=None, num_cpus=0.25), own_mlflow, tmp_path))
+    url = deploy_two(name)
     with Load(f"{url}/predict/{name}", picture(), num_clients=2) as load:
         for turn in range(20):
             registry.promote(uri, name, str(1 + turn % 2))
@@ -186,17 +199,11 @@ def test_an_alias_that_flaps_and_a_registry_that_goes_and_comes_cost_no_request(
 
 
 def test_a_challenger_that_is_killed_costs_no_request_and_is_asked_again(
-    ray_head: Service,
-    app_config: Callable[..., dict[str, Any]],
-    own_mlflow: Service,
-    tmp_path: Path,
-    picture: Callable[..., bytes],
+    deploy_two: Callable[..., str], ray_head: Service, own_mlflow: Service, picture: Callable[..., bytes]
 ) -> None:
-    uri, name = own_mlflow.address, "rivals"
-    publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
-    registry.promote(uri, name, "2", "challenger")
-    rivals = app_config(name=name, bundle=None, num_cpus=0.25, challenger={"share": 0.5, "shadow": 1.0})
-    url = deploy(ray_head, following(rivals, own_mlflow, tmp_path))
+    name = "rivals"
+    url = deploy_two(name, challenger={"share": 0.5, "shadow": 1.0})
+    registry.promote(own_mlflow.address, name, "2", "challenger")
     wait_for(url, lambda found: found["challenger"] is not None)
     with Load(f"{url}/predict/{name}", picture(), num_clients=4) as load:
         until(lambda: {"1", "2"} <= set(load.versions))
@@ -209,16 +216,11 @@ def test_a_challenger_that_is_killed_costs_no_request_and_is_asked_again(
 
 @needs_mounting
 def test_a_full_disk_costs_no_request_and_with_room_the_alias_is_followed(
-    ray_head: Service,
-    app_config: Callable[..., dict[str, Any]],
-    own_mlflow: Service,
-    tmp_path: Path,
-    picture: Callable[..., bytes],
+    deploy_two: Callable[..., str], own_mlflow: Service, tmp_path: Path, picture: Callable[..., bytes]
 ) -> None:
     uri, name, disk = own_mlflow.address, "full", tmp_path / "disk"
-    publish(uri, name, [make(tmp_path / f"made-{seed}", seed, picture) for seed in (1, 2)])
     with small_disk(disk, "2m"):
-        url = deploy(ray_head, following(app_config(name=name, bundle=None, num_cpus=0.25), own_mlflow, disk))
+        url = deploy_two(name, disk)
         filling, memory = disk / "filling", disk / "cache" / MEMORY
         until(memory.exists)
         was_written = memory.read_text()

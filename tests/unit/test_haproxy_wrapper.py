@@ -19,6 +19,7 @@ from ray.serve._private import haproxy_templates
 
 from jobs import _haproxy
 from jobs._process import free_ports
+from pipeline.inference.client import PROXY
 from tests.serving.load import until
 
 TEMPLATES = "\n".join(text for text in vars(haproxy_templates).values() if isinstance(text, str))
@@ -136,9 +137,9 @@ def is_open(port: int) -> bool:
 @pytest.mark.parametrize(
     ("path", "status", "code"),
     [
-        ("/500/text/plain", 500, "proxy"),
+        ("/500/text/plain", 500, PROXY),
         ("/408/text/plain; charset=utf-8", 408, "timeout"),
-        ("/dead", 503, "proxy"),
+        ("/dead", 503, PROXY),
     ],
 )
 def test_what_is_said_in_the_endpoints_place_is_json_with_the_requests_id(
